@@ -1,0 +1,141 @@
+"""What a contributor and CI run: ``nox`` for all of it, ``nox -s tests`` for one."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+nox.options.sessions = [
+    "lint",
+    "typing",
+    "tests",
+    "lowest",
+    "docs",
+    "package",
+    "demo",
+]
+# On CI too: whichever of the supported Pythons are there.
+nox.options.error_on_missing_interpreters = False
+
+# pyenv's shims refuse every version that is installed but not activated.
+PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+os.environ["PATH"] += "".join(
+    os.pathsep + str(directory) for directory in sorted(PYENV.glob("versions/3.*/bin"))
+)
+
+
+def group(name: str) -> tuple[str, ...]:
+    """Lists the requirements of a dependency group."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def pin(requirement: str) -> str:
+    """Turns the lower bound of a requirement into the one version allowed."""
+    pinned = Requirement(requirement)
+    pinned.specifier = SpecifierSet(str(pinned.specifier).replace(">=", "=="))
+    return str(pinned)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with Ruff."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check types with mypy and pyright, and that every public name has one."""
+    session.install(".", *group("typing"))
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "postlude", "--ignoreexternal")
+
+
+@nox.session(python=nox.project.python_versions(PYPROJECT, max_version="3.15"))
+def tests(session: nox.Session) -> None:
+    """Run the tests on each Python that is installed; arguments go to pytest."""
+    session.install(".", *group("tests"))
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    # A part of the tests covers a part of the code.
+    session.run("coverage", "report", *["--fail-under=0"] * bool(session.posargs))
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the tests on the lowest versions that pyproject.toml allows."""
+    requirements = [*PYPROJECT["project"]["dependencies"], *group("tests")]
+    session.install(".", *map(pin, requirements))
+    # Old dependencies may use what a new Python deprecates.
+    session.run("python", "-m", "pytest", "-W", "default", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build; warnings are errors."""
+    session.install(".", *group("docs"))
+    session.run("sphinx-build", "-W", "-n", "--keep-going", "docs", "docs/_build")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist, look inside, and install each on its own."""
+    session.install("build[virtualenv]", "twine")
+    dist = Path(session.create_tmp(), "dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    [wheel], [sdist] = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(sdist))
+
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    if tops != {"postlude", f"{wheel.name.split('-py3')[0]}.dist-info"}:
+        session.error(f"the wheel must hold the package alone, not {sorted(tops)!r}")
+    with tarfile.open(sdist) as archive:
+        tops = {name.split("/")[1] for name in archive.getnames()}
+    if missing := {"src", "tests", "docs", "examples", "LICENSE"} - tops:
+        session.error(f"the sdist lacks {sorted(missing)!r}")
+
+    project = PYPROJECT["project"]
+    expected = [project[key] for key in ("version", "license", "requires-python")]
+    for artefact in wheel, sdist:
+        venv = dist / artefact.suffix[1:]
+        session.run("python", "-m", "virtualenv", "--quiet", str(venv))
+        python = str(venv / ("Scripts" if os.name == "nt" else "bin") / "python")
+        session.run(python, "-m", "pip", "install", "-q", str(artefact), external=True)
+        check = [python, "-I", "-c", INSTALLED, *expected, *project["dependencies"]]
+        session.run(*check, external=True)
+
+
+INSTALLED = """
+import sys
+from importlib import metadata, resources
+import postlude
+about = metadata.metadata("postlude")
+fields = [about[f] for f in ("Version", "License-Expression", "Requires-Python")]
+fields += [r for r in metadata.requires("postlude") if "extra ==" not in r]
+assert fields == sys.argv[1:], fields
+assert resources.files(postlude).joinpath("py.typed").is_file()
+"""
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show on a real server what stock tasks lose and postlude keeps."""
+    session.install(".", "uvicorn", "httpx2")
+    session.run("python", "tests/demo.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what a task costs; arguments go to the benchmarks."""
+    session.install(".", *group("tests"))
+    session.run("python", "tests/benchmarks", *session.posargs)

@@ -1,0 +1,88 @@
+"""Serves responses with tasks that do nothing, on uvicorn with httptools.
+
+Arguments: `asyncio` or `uvloop`, and whose tasks: `stock`, `postlude`, or `responses`
+for those of `postlude.responses`. Prints its port once it accepts connections.
+"""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+import starlette.background
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+import postlude
+import postlude.responses
+
+
+async def do_nothing() -> None: ...
+
+
+def do_nothing_sync() -> None: ...
+
+
+def endpoint(
+    whose: str, func: Callable[[], object], count: int
+) -> Callable[[Request], Awaitable[Response]]:
+    if whose == "responses":
+
+        async def respond_by_method(_: Request) -> Response:
+            response = postlude.responses.PlainTextResponse("done")
+            for _number in range(count):
+                response.add_task(func)
+            return response
+
+        return respond_by_method
+
+    kind = {
+        "stock": starlette.background.BackgroundTasks,
+        "postlude": postlude.BackgroundTasks,
+    }[whose]
+
+    async def respond(_: Request) -> Response:
+        tasks = kind()
+        for _number in range(count):
+            tasks.add_task(func)
+        return PlainTextResponse("done", background=tasks)
+
+    return respond
+
+
+async def drain(_: Request) -> Response:
+    """Answers when no other request has tasks left to run."""
+    while len(server.server_state.tasks) > 1:  # noqa: ASYNC110 - uvicorn tells nobody
+        await asyncio.sleep(0.001)
+    return PlainTextResponse("done")
+
+
+loop, whose = sys.argv[1:]
+app = Starlette(
+    routes=[
+        Route("/1-async", endpoint(whose, do_nothing, 1)),
+        Route("/1-sync", endpoint(whose, do_nothing_sync, 1)),
+        Route("/10-sync", endpoint(whose, do_nothing_sync, 10)),
+        Route("/drain", drain),
+    ]
+)
+server = uvicorn.Server(
+    uvicorn.Config(
+        app,
+        loop=loop,
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=60,
+    )
+)
+# asyncio looks at the protocol before it turns off Nagle's algorithm, which would hold
+# back each response body for 40 ms.
+with socket.socket(proto=socket.IPPROTO_TCP) as listener:
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    print(listener.getsockname()[1], flush=True)
+    server.run(sockets=[listener])

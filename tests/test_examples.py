@@ -1,0 +1,299 @@
+"""Each example, as a process that serves real clients."""
+
+import re
+import runpy
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from servers import Server, start, wait_until
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/*.py"))
+each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+
+
+def example(name: str) -> Path:
+    [path] = [path for path in EXAMPLES if path.stem == name]
+    return path
+
+
+@contextmanager
+def serving(
+    name: str, directory: Path, *, fails: bool = False, **environment: str
+) -> Generator[Server]:
+    """Runs an example; afterwards its log must hold a traceback just if it fails."""
+    with start(
+        [sys.executable, str(example(name))],
+        log=directory / "log",
+        environment={"TMPDIR": str(directory), **environment},
+    ) as server:
+        yield server
+        assert server.stop(signal.SIGTERM) == -signal.SIGTERM
+        assert ("Traceback" in server.output) == fails, server.output
+
+
+@each_example
+def test_an_example_has_fewer_than_60_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+@each_example
+def test_an_example_says_what_to_try_and_stops_at_ctrl_c(
+    path: Path, tmp_path: Path
+) -> None:
+    with start([sys.executable, str(path)], log=tmp_path / "log") as server:
+        assert server.stop(signal.SIGINT) == 0
+        assert "Traceback" not in server.output
+
+    app: Starlette = runpy.run_path(str(path))["app"]
+    lines = re.findall(r"^curl [^;\n]*", server.output, re.MULTILINE)
+    assert lines
+    for line in lines:
+        _, *options, url = shlex.split(line)
+        assert url.startswith(server.url)
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST" if {"-X", "--data-binary"} & {*options} else "GET",
+            "path": url.removeprefix(server.url),
+        }
+        assert Match.FULL in [route.matches(scope)[0] for route in app.routes], line
+
+
+def test_an_order_is_followed_up_after_the_response(tmp_path: Path) -> None:
+    notifications = tmp_path / "notifications.log"
+    with serving("starlette_app", tmp_path) as server:
+        response = httpx2.post(f"{server.url}/orders/Paris")
+        assert (response.status_code, response.text) == (202, "Thank you!\n")
+        wait_until(notifications.exists)
+    assert notifications.read_text() == "pack the order for Paris\n"
+
+
+def test_the_warehouse_hears_of_an_order_that_no_courier_takes(tmp_path: Path) -> None:
+    notifications = tmp_path / "notifications.log"
+    with serving("starlette_app", tmp_path, fails=True) as server:
+        assert httpx2.post(f"{server.url}/orders/Atlantis").status_code == 202
+        wait_until(notifications.exists)
+    assert notifications.read_text() == "pack the order for Atlantis\n"
+    assert "LookupError: no courier goes to Atlantis\n" in server.output
+    assert "in background task '__main__.book_courier'\n" in server.output
+
+
+def uploads(directory: Path) -> list[Path]:
+    return [*directory.glob("upload-*")]
+
+
+@pytest.mark.parametrize(
+    ("content", "result"),
+    [
+        pytest.param(b"1\n2\n3\n", {"state": "succeeded", "lines": 3}, id="text"),
+        pytest.param(b"\xff" * 100, {"state": "failed", "lines": None}, id="binary"),
+    ],
+)
+def test_an_upload_is_accepted_then_processed_then_removed(
+    tmp_path: Path, content: bytes, result: dict[str, object]
+) -> None:
+    fails = result["state"] == "failed"
+    with serving("upload", tmp_path, fails=fails) as server:
+        response = httpx2.post(f"{server.url}/uploads", content=content)
+        assert response.status_code == 202
+        assert httpx2.get(f"{server.url}/results/another").status_code == 404
+        url = server.url + response.json()["result"]
+        wait_until(lambda: httpx2.get(url).json()["state"] in ("succeeded", "failed"))
+        assert httpx2.get(url).json() == result
+        wait_until(lambda: not uploads(tmp_path))
+    assert ("UnicodeDecodeError" in server.output) == fails
+
+
+@pytest.mark.parametrize("rest", [b"", b"the rest\n"], ids=["during", "after"])
+def test_nothing_stays_of_an_upload_whose_client_leaves(
+    tmp_path: Path, rest: bytes
+) -> None:
+    with serving("upload", tmp_path) as server:
+        with server.connect() as client:
+            client.sendall(
+                b"POST /uploads HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 19\r\n\r\nthe start\n"
+            )
+            wait_until(lambda: uploads(tmp_path))
+            client.sendall(rest)
+        wait_until(lambda: not uploads(tmp_path))
+
+
+HEAD = (
+    b"HTTP/1.1 203 Fine\r\nContent-Type: text/x-tick\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+async def refused(name: str, method: str, path: str, **state: object) -> dict[str, Any]:
+    """Runs an example on a server that raises when it is to send to nobody.
+
+    None of those that the other tests use does, but ASGI servers may.
+    """
+    module = runpy.run_path(str(example(name)))
+    app: Starlette = module["app"]
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+        "state": state,
+    }
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"1\n2\n"}
+
+    async def send(message: object) -> None:
+        raise OSError("the client has left")
+
+    with pytest.raises((OSError, ClientDisconnect)):
+        await app(scope, receive, send)
+    return module
+
+
+@pytest.mark.anyio
+async def test_an_upload_is_removed_if_it_could_not_be_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module = await refused("upload", "POST", "/uploads")
+    [job] = module["jobs"].values()
+    assert job.state == "cancelled"
+    assert not uploads(tmp_path)
+
+
+class Upstream:
+    """What the proxy asks, played by the test itself."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(10)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
+
+    @contextmanager
+    def asked(self) -> Generator[socket.socket]:
+        connection, _ = self.listener.accept()
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(4096).startswith(b"GET / HTTP/1.1\r\n")
+            yield connection
+
+
+@pytest.fixture
+def upstream() -> Generator[Upstream]:
+    upstream = Upstream()
+    with upstream.listener:
+        yield upstream
+
+
+@contextmanager
+def asking(server: Server) -> Generator[socket.socket]:
+    with server.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        yield client
+
+
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        received += client.recv(4096) or pytest.fail(f"only {received!r} came")
+    return received
+
+
+def test_the_proxy_passes_on_its_own_upstream(tmp_path: Path) -> None:
+    with serving("proxy", tmp_path) as server:
+        response = httpx2.get(server.url)
+        assert response.text.split() == ["0", "1", "2", "3", "4"]
+        assert response.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_the_proxy_passes_on_each_chunk_as_it_comes(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    with (
+        serving("proxy", tmp_path, UPSTREAM=upstream.url) as server,
+        asking(server) as client,
+        upstream.asked() as connection,
+    ):
+        connection.sendall(HEAD + b"5\r\nfirst\r\n")
+        head = read_until(client, b"5\r\nfirst\r\n")
+        assert head.startswith(b"HTTP/1.1 203 ")
+        assert b"\r\ncontent-type: text/x-tick\r\n" in head
+        connection.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
+        read_until(client, b"6\r\nsecond\r\n0\r\n\r\n")
+
+
+def test_the_upstream_is_closed_when_the_client_leaves_in_mid_stream(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    with (
+        serving("proxy", tmp_path, UPSTREAM=upstream.url) as server,
+        asking(server) as client,
+        upstream.asked() as connection,
+    ):
+        connection.sendall(HEAD + b"5\r\nfirst\r\n")
+        read_until(client, b"5\r\nfirst\r\n")
+        client.close()
+        assert connection.recv(1) == b""
+
+
+def test_the_upstream_is_closed_when_its_body_breaks(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    with (
+        serving("proxy", tmp_path, fails=True, UPSTREAM=upstream.url) as server,
+        asking(server) as client,
+        upstream.asked() as connection,
+    ):
+        connection.sendall(HEAD + b"5\r\nfirst\r\nno chunk\r\n")
+        assert connection.recv(1) == b""
+        read_until(client, b"5\r\nfirst\r\n")
+        assert client.recv(1) == b""
+    assert "RemoteProtocolError" in server.output
+
+
+def test_the_proxy_says_so_if_there_is_no_upstream(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    upstream.listener.close()
+    with serving("proxy", tmp_path, UPSTREAM=upstream.url) as server:
+        assert httpx2.get(server.url).status_code == 502
+
+
+def test_each_kind_of_response_is_followed_by_its_task(tmp_path: Path) -> None:
+    with serving("any_response", tmp_path) as server:
+        bodies = {
+            "/": "<h1>Welcome!</h1>\n",
+            "/old": "",
+            "/countdown": "3\n2\n1\n",
+            "/source": example("any_response").read_text(encoding="utf-8"),
+        }
+        for page, body in bodies.items():
+            assert httpx2.get(server.url + page).text == body
+        expected = {"home": 1, "old home": 1, "countdown": 1, "source": 1}
+        wait_until(lambda: httpx2.get(f"{server.url}/visits").json() == expected)
+
+
+@pytest.mark.anyio
+async def test_the_upstream_is_closed_if_nothing_of_it_could_be_sent() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"never read"
+
+    reply = httpx2.Response(200, content=chunks())
+    transport = httpx2.MockTransport(lambda request: reply)
+    async with httpx2.AsyncClient(transport=transport) as client:
+        await refused("proxy", "GET", "/", client=client)
+        assert reply.is_closed

@@ -702,10 +702,11 @@ async def test_what_an_abandoned_thread_returns_is_given_up(
 
 
 @only_asyncio
+@pytest.mark.parametrize("returned", [sleep_forever, lambda: Awaited([])])
 async def test_what_was_returned_is_given_up_by_a_cancellation_in_between(
-    records: Callable[[str], list[str]],
+    returned: Callable[[], Any], records: Callable[[str], list[str]]
 ) -> None:
-    task = BackgroundTask(lambda call: call(), sleep_forever)
+    task = BackgroundTask(lambda call: call(), returned)
     trip = _tasks._Trip([task], 0, None)
     # The thread is done, and the loop that was to await the result is cancelled.
     await anyio.to_thread.run_sync(trip._work)

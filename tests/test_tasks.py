@@ -646,14 +646,24 @@ async def test_awaiting_a_cancelled_future_is_a_failure() -> None:
     assert log == [1]
 
 
-@only_asyncio
-async def test_a_cancellation_that_nobody_asked_for_may_follow_a_fired_timeout() -> (
-    None
-):
-    with anyio.move_on_after(0):
-        await anyio.sleep_forever()
-    with pytest.raises(RuntimeError, match="raised CancelledError"):
-        await BackgroundTask(make("async", fail), asyncio.CancelledError())()
+async def test_a_cancellation_that_got_out_of_its_scope_is_a_failure() -> None:
+    stray: list[BaseException] = []
+    log: list[int] = []
+
+    async def wait() -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                await anyio.sleep_forever()
+            except BaseException as exc:
+                stray.append(exc)
+        raise stray[0]
+
+    tasks = BackgroundTasks([BackgroundTask(wait), BackgroundTask(log.append, 1)])
+    with pytest.raises(RuntimeError) as caught:
+        await tasks()
+    assert caught.value.__cause__ is stray[0]
+    assert log == [1]
 
 
 @kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import inspect
 import logging
@@ -28,6 +27,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import starlette.background
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -159,6 +159,7 @@ class BackgroundTask(starlette.background.BackgroundTask):
         in_worker = get_ident() != _MAIN_THREAD and _in_worker_thread()
         self._context = copy_context() if in_worker else None
 
+    @override
     async def __call__(self) -> None:
         """Runs the task here and now.
 
@@ -185,7 +186,7 @@ class BackgroundTask(starlette.background.BackgroundTask):
     @property
     def id(self) -> str:
         """A random UUID, made when it is first asked for."""
-        import uuid  # noqa: PLC0415 - a fourth of the time that importing postlude takes
+        import uuid  # noqa: PLC0415 - whoever asks for no id is spared it
 
         made: str = self.__dict__.setdefault("_id", str(uuid.uuid4()))
         return made
@@ -254,8 +255,8 @@ class BackgroundTasks(BackgroundTask):
 
     # What makes the group a usable task: middlewares re-add a response's background as
     # `tasks.add_task(background.func, *background.args, **background.kwargs)`.
-    args = ()
-    is_async = True
+    args: tuple[Any, ...] = ()
+    is_async: bool = True
 
     _runs: tuple[_ConcurrentRun, ...] = ()
 
@@ -271,11 +272,13 @@ class BackgroundTasks(BackgroundTask):
         self._state = _PENDING
 
     @property
+    @override
     def func(self) -> Callable[[], Awaitable[None]]:  # type: ignore[override]
         """The group itself, as calling it runs the tasks."""
         return self
 
     @property
+    @override
     def kwargs(self) -> dict[str, Any]:  # type: ignore[override]
         """Nothing, as the group is called without arguments."""
         return {}
@@ -304,6 +307,7 @@ class BackgroundTasks(BackgroundTask):
                 run.wake()
         return task
 
+    @override
     async def __call__(self) -> None:
         """Runs all tasks here and now.
 
@@ -329,11 +333,13 @@ class BackgroundTasks(BackgroundTask):
         self._state = _SUCCEEDED
 
     @property
+    @override
     def started_at(self) -> datetime | None:
         """When the first of the tasks was started, in UTC, or `None` before that."""
         return min(self._times("started_at"), default=None)
 
     @property
+    @override
     def finished_at(self) -> datetime | None:
         """When the last of the tasks ended, in UTC, or `None` before that."""
         if self._state in (_PENDING, _RUNNING):
@@ -690,9 +696,6 @@ def _checked(item: Item) -> Item:
 
 
 def _in_worker_thread() -> bool:
-    # Where an asyncio loop runs is no worker thread; asking anyio takes longer.
-    if asyncio._get_running_loop() is not None:
-        return False
     try:
         anyio.from_thread.check_cancelled()
     except RuntimeError:
@@ -774,6 +777,8 @@ def _is_cancellation(exc: BaseException) -> bool:
         return False
     if anyio.current_effective_deadline() == -math.inf:
         return True
+    import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
+
     try:
         current = asyncio.current_task()
     except RuntimeError:

@@ -26,6 +26,7 @@ from starlette.responses import (
     SyncContentStream,
 )
 from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
 from ._tasks import BackgroundTask, BackgroundTasks, Sending, give_up, sending
 
@@ -100,6 +101,7 @@ class Response(starlette.responses.Response):
             self.background = background = group
         return cast("BackgroundTasks", background)
 
+    @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response, then runs its tasks."""
         if self.background is not None:

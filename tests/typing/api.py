@@ -1,0 +1,102 @@
+"""What type checkers must accept, and what they must refuse. Nothing here is run."""
+
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import assert_type
+
+import starlette.background
+import starlette.responses
+from starlette.requests import Request
+
+from postlude import BackgroundTask, BackgroundTasks, TaskState, task
+from postlude.responses import JSONResponse, StreamingResponse
+
+
+def sync(number: int, *, text: str = "") -> int:
+    return number
+
+
+async def coroutine(number: int, *, text: str = "") -> int:
+    return number
+
+
+async def bare() -> None: ...
+
+
+# A task takes what its function takes, whether sync or async.
+BackgroundTask(sync, 1, text="one")
+BackgroundTask(func=bare)
+BackgroundTask(coroutine, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+BackgroundTask(sync)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+BackgroundTask(sync, 1, other=1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+BackgroundTask(sync(1))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+# A group holds tasks of either library, groups and bare async callables.
+tasks = BackgroundTasks(
+    [
+        BackgroundTask(sync, 1),
+        BackgroundTasks(concurrency=2),
+        starlette.background.BackgroundTask(sync, 1),
+        starlette.background.BackgroundTasks(),
+        bare,
+    ]
+)
+BackgroundTasks([5])  # type: ignore[list-item] # pyright: ignore[reportArgumentType]
+BackgroundTasks([], 2)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+# add_task() returns the handle.
+handle = tasks.add_task(coroutine, 1, text="one")
+assert_type(handle, BackgroundTask)
+assert_type(handle.state, TaskState)
+assert_type(handle.exception, Exception | None)
+assert_type(handle.started_at, datetime | None)
+assert_type(handle.name, str)
+assert_type(handle.id, str)
+tasks.add_task(coroutine, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+# Ours go wherever Starlette's do.
+stock: starlette.background.BackgroundTask = tasks
+assert_type(tasks.func, Callable[[], Awaitable[None]])
+tasks.add_task(tasks.func, *tasks.args, **tasks.kwargs)
+
+
+async def endpoint(request: Request) -> starlette.responses.Response:
+    response = JSONResponse({}, background=tasks)
+    assert_type(response.add_task(sync, 1), BackgroundTask)
+    response.add_task(sync, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    StreamingResponse([b""], background=BackgroundTask(sync, 1)).add_task(bare)
+    return response
+
+
+# A decorated function is what it was.
+@task(name="name")
+def decorated(number: int) -> str:
+    return str(number)
+
+
+assert_type(decorated(1), str)
+decorated("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+once = task(always=True)(functools.partial(sync, 1))
+assert_type(once, functools.partial[int])
+task("name")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+task(name=1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+class Service:
+    @task(name="service.send")
+    def send(self, number: int) -> None: ...
+
+    @task()
+    @classmethod
+    def build(cls) -> "Service":
+        return cls()
+
+    @task()
+    @staticmethod
+    def close(number: int) -> None: ...
+
+
+tasks.add_task(Service.build().send, 1)
+tasks.add_task(Service.close, 1)
+tasks.add_task(Service().send, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

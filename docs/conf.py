@@ -22,6 +22,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+default_role = "code"
 
 # Builds need no network, so no inventory of others' names: only ours are checked.
 nitpick_ignore_regex = [

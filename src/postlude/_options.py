@@ -174,12 +174,15 @@ def call_fits(
     names, count, given = code.co_varnames, code.co_argcount, len(args)
     nameless = code.co_posonlyargcount
     if (
-        kwargs
+        len(kwargs) == count - given
         and nameless <= given
-        and tuple(kwargs) == names[given:count]
         and not code.co_kwonlyargcount
     ):
-        return True
+        for name in names[given:count]:
+            if name not in kwargs:
+                break
+        else:
+            return True
     required = count - len(func.__defaults__ or ())
     if not kwargs and required <= given <= count and not code.co_kwonlyargcount:
         return True

@@ -169,8 +169,6 @@ class BackgroundTask(starlette.background.BackgroundTask):
                 calling `sys.exit()`, or a cancellation that nobody asked for; that is
                 the cause.
         """
-        if (current := sending.get()) is not None:
-            current.mark(self)
         if failures := await _run_in_order([self], itself=self):
             raise _combined(failures)
 
@@ -315,8 +313,8 @@ class BackgroundTasks(BackgroundTask):
             Exception: What the only failing task raised, with a note naming the task.
             ExceptionGroup: If several tasks failed, with what each of them raised.
         """
-        if (current := sending.get()) is not None:
-            current.mark(self)
+        if (responses := sending.get()) and responses[0].background is self:
+            responses.clear()
         self._state = _RUNNING
         try:
             if self._concurrency == 1:
@@ -367,22 +365,10 @@ class BackgroundTasks(BackgroundTask):
         )
 
 
-class Sending:
-    """A response on its way out: has its background been started yet?"""
-
-    __slots__ = ("response", "started")
-
-    def __init__(self, response: Response) -> None:
-        self.response = response
-        self.started = False
-
-    def mark(self, background: object) -> None:
-        """Notes that a background starts, which may be the response's."""
-        if background is self.response.background:
-            self.started = True
-
-
-sending: ContextVar[Sending | None] = ContextVar("postlude_sending", default=None)
+# The response on its way out, which its background takes from the list as it starts.
+sending: ContextVar[list[Response] | None] = ContextVar(
+    "postlude_sending", default=None
+)
 
 
 async def give_up(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec
 
 import starlette.background
 import starlette.responses
@@ -28,7 +28,7 @@ from starlette.responses import (
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from ._tasks import BackgroundTask, BackgroundTasks, Sending, give_up, sending
+from ._tasks import BackgroundTask, BackgroundTasks, give_up, sending
 
 __all__ = [
     "AsyncContentStream",
@@ -89,25 +89,31 @@ class Response(starlette.responses.Response):
             TypeError: If `func` is not callable, is a generator function, or cannot be
                 called with these arguments.
         """
-        return self._group().add_task(func, *args, **kwargs)
+        background = self.background
+        if type(background) is not BackgroundTasks:
+            background = self._make_group()
+        return background.add_task(func, *args, **kwargs)
 
-    def _group(self) -> BackgroundTasks:
+    def _make_group(self) -> BackgroundTasks:
         """Makes a group of the background, which tells when it is started."""
         background = self.background
-        if type(background).__call__ is not BackgroundTasks.__call__:
-            group = BackgroundTasks()
-            if background is not None:
-                group.tasks.append(background)
-            self.background = background = group
-        return cast("BackgroundTasks", background)
+        if isinstance(background, BackgroundTasks) and (
+            type(background).__call__ is BackgroundTasks.__call__
+        ):
+            return background
+        group = BackgroundTasks()
+        if background is not None:
+            group.tasks.append(background)
+        self.background = group
+        return group
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response, then runs its tasks."""
-        if self.background is not None:
-            self._group()
-        mine = Sending(self)
-        token = sending.set(mine)
+        if self.background is not None and type(self.background) is not BackgroundTasks:
+            self._make_group()
+        unstarted: list[starlette.responses.Response] = [self]
+        token = sending.set(unstarted)
         cause: BaseException | None = None
         try:
             await super().__call__(scope, receive, send)
@@ -120,9 +126,9 @@ class Response(starlette.responses.Response):
             except ValueError:
                 # A coroutine that is no longer awaited is closed in another context.
                 pass
-            if self.background is not None and not mine.started:
+            if unstarted and isinstance(self.background, BackgroundTasks):
                 why = "background tasks not run, as the response was not sent whole"
-                await give_up([self._group()], why, logging.INFO, cause=cause)
+                await give_up([self.background], why, logging.INFO, cause=cause)
 
 
 class HTMLResponse(Response, starlette.responses.HTMLResponse):

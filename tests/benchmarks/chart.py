@@ -14,7 +14,7 @@ Sections: TypeAlias = list[tuple[str, list[tuple[str, dict[str, float]]]]]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 WIDTH = 720
-LEFT, RIGHT = 262, 52  # where the labels of rows and bars have their place
+LEFT, RIGHT = 300, 52  # where the labels of rows and bars have their place
 TOP = 104
 ROW, BAR = 34, 12
 TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]

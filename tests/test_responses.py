@@ -6,6 +6,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import re
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import nullcontext
@@ -38,7 +39,8 @@ Cancelled = Callable[["Server", Response], Awaitable[None]]
 
 STOCK = SimpleNamespace(**vars(starlette.responses) | vars(starlette.background))
 OURS = SimpleNamespace(**vars(postlude.responses) | vars(postlude))
-NOT_RUN = "INFO background tasks not run, as the response was not sent whole: "
+NOT_RUN = "INFO background tasks cut short: "
+ALWAYS_RUN = "'always' (runs all the same), 'list.append' (runs all the same)"
 
 
 class Server:
@@ -189,10 +191,10 @@ def raising(error: type[Exception] | None) -> Any:
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Told:
-    """Returns what postlude has logged until it is called."""
+    """Returns what postlude has logged by then, but not what was to blame."""
     caplog.set_level(logging.INFO, logger="postlude")
     return lambda: [
-        f"{record.levelname} {record.getMessage()}"
+        re.sub(" by [^:]*:", ":", f"{record.levelname} {record.getMessage()}")
         for record in caplog.records
         if record.name == "postlude"
     ]
@@ -409,6 +411,7 @@ async def test_what_a_body_has_added_counts_when_it_breaks_off(
         await server.answer(response)
     assert tasks_in(server.log) == ["always"]
     named = ["'first' (not started)", "'last' (not started)"][kind == "none" :]
+    named.append("'always' (runs all the same)")
     assert told() == [NOT_RUN + ", ".join(named)]
 
 
@@ -477,7 +480,7 @@ async def test_plain_tasks_do_not_run_after_what_was_not_sent_whole(
 
 @not_sent_whole
 async def test_tasks_declared_always_run_all_the_same_and_the_others_are_named(
-    case: Case, told: Told
+    case: Case, told: Told, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server(**case.server)
     response = case.response(OURS, mixed(server.log))
@@ -485,7 +488,10 @@ async def test_tasks_declared_always_run_all_the_same_and_the_others_are_named(
     with raising(case.error):
         await server.answer(response)
     assert tasks_in(server.log) == ["always", "always sync"]
-    assert told() == [f"{NOT_RUN}'plain' (not started), 'last' (not started)"]
+    named = f"'plain' (not started), 'last' (not started), {ALWAYS_RUN}"
+    assert told() == [NOT_RUN + named]
+    by = "another response" if case.error is None else case.error.__name__
+    assert f"cut short by {by}: " in caplog.text
     assert last.state is TaskState.CANCELLED
 
 
@@ -564,7 +570,7 @@ async def test_always_tasks_run_once_when_the_request_is_cancelled(
     server = Server(spec=spec, hangs=where)
     await cancelled(server, make(OURS, name, background=mixed(server.log)))
     assert tasks_in(server.log) == ["always", "always sync"]
-    assert told() == [f"{NOT_RUN}'plain' (not started)"]
+    assert told() == [f"{NOT_RUN}'plain' (not started), {ALWAYS_RUN}"]
 
 
 @pytest.mark.parametrize("name", ["Response", "StreamingResponse"])
@@ -580,8 +586,10 @@ async def test_always_tasks_run_once_when_the_tasks_are_cancelled(
     await cancelled(server, response)
     assert tasks_in(server.log) == ["before", "always", "always sync"]
     (record,) = told()
-    assert record.startswith("WARNING background tasks did not finish")
-    assert record.endswith("'hanging' (stopped), 'plain' (not started)")
+    assert record == (
+        "WARNING background tasks cut short: "
+        f"'hanging' (stopped), 'plain' (not started), {ALWAYS_RUN}"
+    )
 
 
 async def test_always_tasks_run_though_the_last_send_returns_cancelled() -> None:
@@ -639,7 +647,7 @@ async def test_of_two_requests_at_once_the_broken_one_runs_only_always_tasks(
         assert log == ["always", "always sync"]
         fine.resumed.set()
     assert log == ["always", "always sync", "always", "plain", "always sync"]
-    assert told() == [f"{NOT_RUN}'plain' (not started)"]
+    assert told() == [f"{NOT_RUN}'plain' (not started), {ALWAYS_RUN}"]
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -660,7 +668,9 @@ async def test_what_a_body_runs_by_hand_is_not_taken_for_the_background(
         await server.answer(StreamingResponse(body(), background=mixed(server.log)))
     run = ["always", "always sync"] if error else ["always", "plain", "always sync"]
     assert tasks_in(server.log) == ["by hand", "other", *run]
-    assert told() == [f"{NOT_RUN}'plain' (not started)"] * (error is not None)
+    assert told() == [f"{NOT_RUN}'plain' (not started), {ALWAYS_RUN}"] * (
+        error is not None
+    )
 
 
 # --- backgrounds that run in a way of their own --------------------------------------

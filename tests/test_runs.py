@@ -477,7 +477,7 @@ async def test_a_cancellation_leaves_and_earlier_failures_are_logged(
     assert record.__dict__["task_name"] == failed.name
     assert record.__dict__["task_id"] == failed.id
     [warning] = records("WARNING")
-    assert warning.startswith("background tasks did not finish, because of Cancelled")
+    assert warning.startswith("background tasks cut short by Cancelled")
     assert warning.endswith(
         f": {name('sleep_forever')} (stopped), "
         "'list.append' (not started), 'list.append' (not started)"
@@ -654,7 +654,7 @@ async def test_asyncios_cancellation_stops_a_trip_before_the_next_task(
     assert records("ERROR") == [f"background task {name('fail')} failed"]
     [warning] = records("WARNING")
     assert warning == (
-        "background tasks did not finish, because of CancelledError: "
+        "background tasks cut short by CancelledError: "
         f"{name('Held')} (its thread goes on), 'list.append' (not started)"
     )
     assert first.state is TaskState.RUNNING
@@ -695,9 +695,7 @@ async def test_what_an_abandoned_thread_returns_is_given_up(
         await running
     held.go_on.set()
     await until(lambda: len(records("WARNING")) == 2)
-    assert records("WARNING")[1].startswith(
-        f"background task {name('Held')} did not finish"
-    )
+    assert records("WARNING")[1].startswith(f"background task {name('Held')} cut short")
     assert task.state is TaskState.CANCELLED
 
 

@@ -681,7 +681,7 @@ async def test_ctrl_c_leaves_at_once(
     assert log == []
     assert never.state is TaskState.CANCELLED
     assert "ValueError: earlier" in caplog.text
-    assert "because of KeyboardInterrupt" in caplog.text
+    assert "cut short by KeyboardInterrupt" in caplog.text
 
 
 async def test_a_group_that_is_closed_ends_without_running_more(
@@ -704,7 +704,7 @@ async def test_a_group_that_is_closed_ends_without_running_more(
     assert [task.state for task in tasks.tasks if isinstance(task, BackgroundTask)] == [
         TaskState.CANCELLED
     ] * 2
-    assert "because of GeneratorExit" in caplog.text
+    assert "cut short by GeneratorExit" in caplog.text
 
 
 async def test_a_task_fails_that_can_get_no_thread(

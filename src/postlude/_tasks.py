@@ -371,25 +371,23 @@ sending: ContextVar[list[Response] | None] = ContextVar(
 )
 
 
-async def give_up(
+async def cut_short(
     items: list[Item],
-    why: str,
+    cause: BaseException | None,
     level: int,
     *,
-    cause: BaseException | None,
     unfinished: Iterable[str] = (),
     trip: _Trip | None = None,
 ) -> None:
-    """Deals with tasks whose turn will not come.
+    """Deals with tasks whose turn will not come, and names them in one log record.
 
-    Those declared `always=True` run, shielded from cancellation, and their failures are
-    logged. The others are named in one log record.
+    Those declared `always=True` run, shielded from cancellation; their failures are
+    logged. After Ctrl+C nothing more is run.
 
     Args:
         items: The tasks, and groups of them.
-        why: How the log record begins.
+        cause: What is on its way out, or `None` if another response has been sent.
         level: The level of the log record.
-        cause: What is on its way out; after Ctrl+C nothing more is run.
         unfinished: What the log record names first.
         trip: What may still be under way and is to end before anything is run.
     """
@@ -400,14 +398,17 @@ async def give_up(
         if isinstance(item, BackgroundTasks):
             item._state = _CANCELLED
     for task in _singles(items):
+        if getattr(task, "_always", False) and not interrupted:
+            always.append(task)
+            continue
         if isinstance(task, BackgroundTask):
-            if getattr(task, "_always", False) and not interrupted:
-                always.append(task)
-                continue
             task._state = _CANCELLED
         named.append(f"{_name(task)!r} (not started)")
+    # Said before they run, in case the process is not given the time for it.
+    named += [f"{_name(task)!r} (runs all the same)" for task in always]
     if named:
-        logger.log(level, "%s: %s", why, ", ".join(named))
+        by = "another response" if cause is None else type(cause).__name__
+        logger.log(level, "background tasks cut short by %s: %s", by, ", ".join(named))
     if always:
         with anyio.CancelScope(shield=True):
             if trip is not None:
@@ -667,10 +668,7 @@ async def _break_off(
     """Tells what failed before a run was broken off, and what did not finish."""
     for failure in failures:
         _log_failure(*failure)
-    why = f"background tasks did not finish, because of {type(exc).__name__}"
-    await give_up(
-        rest, why, logging.WARNING, cause=exc, unfinished=unfinished, trip=trip
-    )
+    await cut_short(rest, exc, logging.WARNING, unfinished=unfinished, trip=trip)
 
 
 def _checked(item: Item) -> Item:
@@ -813,10 +811,14 @@ def _failure(
 
 
 def _combined(failures: list[Failure]) -> Exception:
-    exceptions = [failure for _, failure in failures]
-    if len(exceptions) == 1:
-        return exceptions[0]
-    return ExceptionGroup(f"{len(exceptions)} background tasks failed", exceptions)
+    if len(failures) == 1:
+        return failures[0][1]
+    # Not every server logs what is in a group, nor notes.
+    names = ", ".join(repr(_name(task)) for task, _ in failures)
+    return ExceptionGroup(
+        f"{len(failures)} background tasks failed: {names}",
+        [failure for _, failure in failures],
+    )
 
 
 def _log_failure(task: Item, failure: Exception) -> None:
@@ -834,7 +836,7 @@ def _drop(task: BackgroundTask, result: Awaitable[Any]) -> None:
     if inspect.iscoroutine(result):
         result.close()
     logger.warning(
-        "background task %r did not finish: its request was cancelled before what it "
+        "background task %r cut short: its request was cancelled before what it "
         "returned could be awaited",
         task.name,
     )

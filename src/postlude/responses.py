@@ -6,7 +6,7 @@ The classes are subclasses of Starlette's, so `isinstance` holds.
 When a response cannot be sent whole, its tasks do not run, as in Starlette: the body
 failed half-way, the file is missing or its range wrong, the request was cancelled, or
 the server says by an `OSError` that the client went away (ASGI 2.4). Those declared
-`always=True` do run, and one `INFO` record on the logger `postlude` names the others.
+`always=True` do run. One `INFO` record on the logger `postlude` names them all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from starlette.responses import (
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from ._tasks import BackgroundTask, BackgroundTasks, give_up, sending
+from ._tasks import BackgroundTask, BackgroundTasks, cut_short, sending
 
 __all__ = [
     "AsyncContentStream",
@@ -127,8 +127,7 @@ class Response(starlette.responses.Response):
                 # A coroutine that is no longer awaited is closed in another context.
                 pass
             if unstarted and isinstance(self.background, BackgroundTasks):
-                why = "background tasks not run, as the response was not sent whole"
-                await give_up([self.background], why, logging.INFO, cause=cause)
+                await cut_short([self.background], cause, logging.INFO)
 
 
 class HTMLResponse(Response, starlette.responses.HTMLResponse):

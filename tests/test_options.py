@@ -332,9 +332,11 @@ def test_a_list_of_something_else_than_tasks_is_refused(item: Any) -> None:
 
 
 def test_a_group_may_start_with_any_iterable_of_tasks() -> None:
-    tasks = (BackgroundTask(print), coroutine_function)
-    assert BackgroundTasks(iter(tasks)).tasks == [*tasks]
-    assert BackgroundTasks(tasks).tasks == [*tasks]
+    task = BackgroundTask(print)
+    first, second = BackgroundTasks(iter((task, coroutine_function))).tasks
+    assert first is task
+    assert isinstance(second, BackgroundTask)
+    assert second.func is coroutine_function
 
 
 @pytest.mark.parametrize(

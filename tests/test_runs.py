@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import gc
 import logging
 import threading
 import types
@@ -56,6 +57,21 @@ async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(5):
         while not condition():
             await anyio.lowlevel.checkpoint()
+
+
+@pytest.fixture
+def records(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+    """Returns what was logged at a level by then."""
+    caplog.set_level(logging.INFO, "postlude")
+
+    def at(level: str) -> list[str]:
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelname == level and record.name == "postlude"
+        ]
+
+    return at
 
 
 # --- the trip to a worker thread -----------------------------------------------------
@@ -257,6 +273,21 @@ async def test_what_is_returned_may_fail() -> None:
     assert log == [1]
 
 
+async def test_what_is_returned_can_be_cancelled(
+    records: Callable[[str], list[str]],
+) -> None:
+    tasks = BackgroundTasks([BackgroundTask(lambda call: call(), sleep_forever)])
+    tasks.add_task(print)
+    async with anyio.create_task_group() as group:
+        group.start_soon(tasks)
+        await until(lambda: states(tasks)[0] == "running")
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert states(tasks) == ["cancelled", "cancelled"]
+    [warning] = records("WARNING")
+    assert "(stopped), 'builtins.print' (not started)" in warning
+
+
 async def test_what_is_returned_is_awaited_in_the_context_of_the_call() -> None:
     seen: list[str] = []
 
@@ -429,21 +460,6 @@ async def test_a_task_in_a_captured_context_can_be_closed() -> None:
 
 
 # --- cancellation --------------------------------------------------------------------
-
-
-@pytest.fixture
-def records(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """Returns what was logged at a level by then."""
-    caplog.set_level(logging.INFO, "postlude")
-
-    def at(level: str) -> list[str]:
-        return [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelname == level and record.name == "postlude"
-        ]
-
-    return at
 
 
 def name(func: str) -> str:
@@ -665,6 +681,32 @@ async def test_asyncios_cancellation_stops_a_trip_before_the_next_task(
 
 
 @only_asyncio
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_asyncios_cancellation_leaves_through_task_groups(
+    concurrency: int,
+) -> None:
+    async def child() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep_forever)
+
+    async def parent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+
+    log: list[int] = []
+    inner = BackgroundTasks([parent], concurrency=concurrency)
+    running = asyncio.create_task(
+        BackgroundTasks([inner, BackgroundTask(log.append, 1)])()
+    )
+    await until(lambda: states(inner) == ["running"])
+    await anyio.wait_all_tasks_blocked()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert log == []
+
+
+@only_asyncio
 async def test_a_failure_in_an_abandoned_thread_is_logged_by_it(
     records: Callable[[str], list[str]],
 ) -> None:
@@ -702,14 +744,13 @@ async def test_what_an_abandoned_thread_returns_is_given_up(
 @only_asyncio
 @pytest.mark.parametrize("returned", [sleep_forever, lambda: Awaited([])])
 async def test_what_was_returned_is_given_up_by_a_cancellation_in_between(
-    returned: Callable[[], Any], records: Callable[[str], list[str]]
+    returned: Callable[[], Any],
 ) -> None:
     task = BackgroundTask(lambda call: call(), returned)
-    trip = _tasks._Trip([task], 0, None)
+    trip = _tasks._Trip([task], 0, None, [])
     # The thread is done, and the loop that was to await the result is cancelled.
     await anyio.to_thread.run_sync(trip._work)
     assert trip.abandon() == [f"{task.name!r} (stopped)"]
-    assert len(records("WARNING")) == 1
     assert task.state is TaskState.CANCELLED
 
 
@@ -747,6 +788,125 @@ async def test_a_trip_that_is_cancelled_before_it_begins_starts_nothing() -> Non
     with pytest.raises(asyncio.CancelledError):
         await running
     assert log == ["always"]
+
+
+@only_asyncio
+async def test_tasks_declared_always_run_though_the_wait_is_cancelled() -> None:
+    log: list[str] = []
+    held = Held()
+    tasks = BackgroundTasks()
+    first = tasks.add_task(held)
+    tasks.add_task(always(log.append, "always"))
+    running = asyncio.create_task(tasks())
+    await held.entered.wait()
+    running.cancel()
+    await asyncio.wait([running], timeout=0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert log == ["always"]
+    held.go_on.set()
+    await until(lambda: first.state is TaskState.SUCCEEDED)
+
+
+async def test_tasks_that_are_added_while_others_run_always_are_told(
+    records: Callable[[str], list[str]],
+) -> None:
+    tasks = BackgroundTasks()
+    tasks.add_task(sleep_forever)
+    tasks.add_task(always(tasks.add_task, sleep_forever))
+    async with anyio.create_task_group() as group:
+        group.start_soon(tasks)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert states(tasks) == ["cancelled", "succeeded", "cancelled"]
+    assert records("WARNING")[1].endswith(f": {name('sleep_forever')} (not started)")
+
+
+async def test_sync_tasks_declared_always_do_not_see_a_cancellation() -> None:
+    log: list[str] = []
+
+    def clean() -> None:
+        cancel(scope)
+        anyio.from_thread.check_cancelled()
+        anyio.from_thread.run(anyio.lowlevel.checkpoint)
+        log.append("clean")
+
+    tasks = BackgroundTasks()
+    with anyio.CancelScope() as scope:
+        tasks.add_task(log.append, "before")
+        tasks.add_task(always(clean))
+        tasks.add_task(log.append, "after")
+        await tasks()
+    assert log == ["before", "clean"]
+
+
+async def test_stock_tasks_and_groups_are_cut_short_like_ours(
+    records: Callable[[str], list[str]],
+) -> None:
+    log: list[str] = []
+    stock = starlette.background.BackgroundTask
+    inner = starlette.background.BackgroundTasks(
+        [
+            stock(fail, ValueError("stock")),
+            stock(sleep_forever),
+            stock(always(log.append, "always")),
+            stock(print),
+        ]
+    )
+    tasks = BackgroundTasks([inner, BackgroundTasks([BackgroundTasks()])])
+    async with anyio.create_task_group() as group:
+        group.start_soon(tasks)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert log == ["always"]
+    assert records("ERROR") == [f"background task {name('fail')} failed"]
+    [warning] = records("WARNING")
+    assert warning.endswith(
+        f": {name('sleep_forever')} (stopped), 'builtins.print' (not started), "
+        "'list.append' (runs all the same)"
+    )
+    assert tasks.tasks[1].tasks[0].state is TaskState.CANCELLED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_run_leaves_no_garbage(cancelled: bool) -> None:
+    async def run() -> None:
+        tasks = BackgroundTasks([sleep_forever if cancelled else BackgroundTasks()])
+        with anyio.CancelScope() as scope:
+            tasks.add_task(print, end="")
+            if cancelled:
+                scope.cancel()
+            await tasks()
+
+    await run()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            await run()
+        assert gc.collect() < 10
+    finally:
+        gc.enable()
+
+
+class Lazy:
+    """Fails as soon as it is asked for its class."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise LookupError("unbound")
+
+
+async def test_a_result_that_cannot_be_looked_at_fails_its_task() -> None:
+    log: list[int] = []
+    tasks = BackgroundTasks()
+    task = tasks.add_task(Lazy)
+    tasks.add_task(log.append, 1)
+    with pytest.raises(LookupError, match="unbound"):
+        await tasks()
+    assert task.state is TaskState.FAILED
+    assert log == [1]
 
 
 @only_asyncio
@@ -879,13 +1039,40 @@ async def test_tasks_that_run_at_once_are_cancelled_together(
     async with anyio.create_task_group() as group:
         group.start_soon(tasks)
         await until(
-            lambda: states(tasks) == ["failed", "running", "running", "pending"]
+            lambda: (
+                states(tasks) == ["running", "failed", "running", "running", "pending"]
+            )
         )
         group.cancel_scope.cancel()
-    assert states(tasks) == ["failed", "cancelled", "cancelled", "cancelled"]
+    assert states(tasks) == ["cancelled", "failed", *["cancelled"] * 3]
     assert records("ERROR") == [f"background task {name('fail')} failed"]
     assert len([w for w in records("WARNING") if "(stopped)" in w]) == 3
     assert len([w for w in records("WARNING") if "(not started)" in w]) == 1
+
+
+@only_asyncio
+async def test_asyncios_cancellation_of_one_task_leaves_its_siblings_alone(
+    records: Callable[[str], list[str]],
+) -> None:
+    event = anyio.Event()
+
+    async def end_itself() -> None:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        await anyio.sleep_forever()
+
+    async def set_event() -> None:
+        event.set()
+
+    tasks = BackgroundTasks(concurrency=2)
+    for func in event.wait, end_itself, set_event:
+        tasks.add_task(func)
+    tasks.add_task(fail, ValueError("sibling"))
+    with pytest.raises(ValueError, match="sibling"):
+        await tasks()
+    assert states(tasks) == ["succeeded", "cancelled", "succeeded", "failed"]
+    assert len(records("WARNING")) == 1
 
 
 # --- properties ----------------------------------------------------------------------

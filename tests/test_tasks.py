@@ -376,14 +376,37 @@ async def test_a_group_can_be_used_as_a_single_task() -> None:
     assert log == [1, 1]
 
 
-async def test_failures_of_a_group_in_a_group_are_told_once() -> None:
+@pytest.mark.parametrize("added", [False, True])
+async def test_failures_of_a_group_in_a_group_are_told_once(added: bool) -> None:
     inner = BackgroundTasks([BackgroundTask(fail, ValueError("inner"))])
     log: list[int] = []
     outer = BackgroundTasks([inner, BackgroundTask(log.append, 1)])
+    if added:
+        outer = BackgroundTasks()
+        outer.add_task(inner.func)
+        outer.add_task(log.append, 1)
     with pytest.raises(ValueError, match="inner") as caught:
         await outer()
+    assert (inner.state, outer.state) == ("failed", "failed")
     assert caught.value.__notes__ == [f"in background task {__name__ + '.fail'!r}"]
     assert log == [1]
+
+
+@drop_in
+async def test_subclasses_may_have_constructors_of_their_own(library: Any) -> None:
+    log: list[int] = []
+
+    class Task(library.BackgroundTask):  # type: ignore[misc]
+        def __init__(self, func: Any) -> None:
+            self.__dict__.update(func=func, args=(1,), kwargs={}, is_async=False)
+
+    class Tasks(library.BackgroundTasks):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.tasks = [Task(log.append)]
+
+    await Task(log.append)()
+    await Tasks()()
+    assert log == [1, 1]
 
 
 # --- the handle ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ import enum
 import inspect
 import logging
 import math
+import traceback
 from collections.abc import (
     Awaitable,
     Callable,
@@ -23,10 +24,12 @@ from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast
 
 import anyio
+import anyio.abc
 import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
-import starlette.background
+from starlette.background import BackgroundTask as StockTask
+from starlette.background import BackgroundTasks as StockTasks
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -36,17 +39,19 @@ from ._options import GENERATOR, call_fits, check_call, name_of, options_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Item: TypeAlias = starlette.background.BackgroundTask | Callable[[], Awaitable[Any]]
-Failure: TypeAlias = tuple[Item, Exception]
+Failure: TypeAlias = tuple[StockTask, Exception]
 
 logger = logging.getLogger("postlude")
 
+# How many threads the tasks of one event loop may hold at once.
 _THREADS = 40
-_TRIP_SECONDS = 0.005
-_CHECK_SECONDS = 0.000_005
 _limiter: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
     "postlude_threads"
 )
+# How long tasks may share a thread before others have their turn, and how often they
+# look for a cancellation meanwhile: to look takes longer than a short task.
+_TRIP_SECONDS = 0.005
+_CHECK_SECONDS = 0.000_005
 _MAIN_THREAD = main_thread().ident
 _COROUTINE = inspect.CO_COROUTINE
 
@@ -83,8 +88,14 @@ class TaskState(enum.StrEnum):
 # Looking a member up on its enum costs as much as starting a task does.
 _PENDING, _RUNNING, _SUCCEEDED, _FAILED, _CANCELLED, _LOST = TaskState
 
+# By this a response that is being sent hears whether its background has been started:
+# the list holds the response, and is empty from then on.
+unstarted: ContextVar[list[Response] | None] = ContextVar(
+    "postlude_unstarted", default=None
+)
 
-class BackgroundTask(starlette.background.BackgroundTask):
+
+class BackgroundTask(StockTask):
     """A callable that runs after the response, and the handle to watch it by.
 
     A drop-in for `starlette.background.BackgroundTask`: give it to a response as
@@ -123,8 +134,7 @@ class BackgroundTask(starlette.background.BackgroundTask):
     kwargs: dict[str, Any]  # type: ignore[assignment]
     is_async: bool
 
-    # These are set in the constructor, since defaults on the class would slow each run
-    # down by a tenth; and read with a default for subclasses that have their own.
+    # Set by the constructor: defaults on the class would slow each run by a tenth.
     _always: bool
     _context: Context | None
     _state: TaskState
@@ -135,7 +145,7 @@ class BackgroundTask(starlette.background.BackgroundTask):
     def __init__(
         self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        # The code of a plain function tells at once what Starlette is long to find.
+        # The code of a plain function tells at once what takes Starlette long to find.
         if type(func) is FunctionType and not func.__dict__:
             code = func.__code__
             flags = code.co_flags
@@ -169,7 +179,10 @@ class BackgroundTask(starlette.background.BackgroundTask):
                 calling `sys.exit()`, or a cancellation that nobody asked for; that is
                 the cause.
         """
-        if failures := await _run_in_order([self], itself=self):
+        # A subclass may have a constructor that does not call ours.
+        vars(self).setdefault("_always", False)
+        vars(self).setdefault("_context", None)
+        if failures := await _run_in_order([self], direct=self):
             raise _combined(failures)
 
     @property
@@ -256,16 +269,20 @@ class BackgroundTasks(BackgroundTask):
     args: tuple[Any, ...] = ()
     is_async: bool = True
 
+    _concurrency = 1
     _runs: tuple[_ConcurrentRun, ...] = ()
 
     def __init__(
-        self, tasks: Iterable[Item] | None = None, *, concurrency: int = 1
+        self,
+        tasks: Iterable[StockTask | Callable[[], Awaitable[Any]]] | None = None,
+        *,
+        concurrency: int = 1,
     ) -> None:
         if not isinstance(concurrency, int):
             raise TypeError(f"concurrency must be an int, not {concurrency!r}")
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency!r}")
-        self.tasks: list[Item] = [] if tasks is None else [*map(_checked, tasks)]
+        self.tasks: list[StockTask] = [] if tasks is None else [*map(_checked, tasks)]
         self._concurrency = concurrency
         self._state = _PENDING
 
@@ -313,8 +330,13 @@ class BackgroundTasks(BackgroundTask):
             Exception: What the only failing task raised, with a note naming the task.
             ExceptionGroup: If several tasks failed, with what each of them raised.
         """
-        if (responses := sending.get()) and responses[0].background is self:
+        if (responses := unstarted.get()) and responses[0].background is self:
             responses.clear()
+        if failures := await self._complete():
+            error = self._exception = _combined(failures)
+            raise error
+
+    async def _complete(self) -> list[Failure]:
         self._state = _RUNNING
         try:
             if self._concurrency == 1:
@@ -327,8 +349,9 @@ class BackgroundTasks(BackgroundTask):
         if failures:
             self._state = _FAILED
             self._exception = _combined(failures)
-            raise self._exception
-        self._state = _SUCCEEDED
+        else:
+            self._state = _SUCCEEDED
+        return failures
 
     @property
     @override
@@ -365,66 +388,91 @@ class BackgroundTasks(BackgroundTask):
         )
 
 
-# The response on its way out, which its background takes from the list as it starts.
-sending: ContextVar[list[Response] | None] = ContextVar(
-    "postlude_sending", default=None
-)
-
-
 async def cut_short(
-    items: list[Item],
+    tasks: list[StockTask],
     cause: BaseException | None,
     level: int,
     *,
+    position: int = 0,
     unfinished: Iterable[str] = (),
     trip: _Trip | None = None,
 ) -> None:
-    """Deals with tasks whose turn will not come, and names them in one log record.
-
-    Those declared `always=True` run, shielded from cancellation; their failures are
-    logged. After Ctrl+C nothing more is run.
+    """Names the tasks whose turn will not come, and runs those declared `always=True`.
 
     Args:
-        items: The tasks, and groups of them.
+        tasks: The list they are in, to which more may be added meanwhile.
         cause: What is on its way out, or `None` if another response has been sent.
+            After Ctrl+C nothing is run.
         level: The level of the log record.
-        unfinished: What the log record names first.
-        trip: What may still be under way and is to end before anything is run.
+        position: Where in the list they begin.
+        unfinished: What the record names before them.
+        trip: A trip to a thread that has to end before anything is run.
     """
+    by = "another response" if cause is None else type(cause).__name__
     interrupted = cause is not None and any(map(_is_interrupt, _parts(cause)))
-    always: list[Item] = []
     named = [*unfinished]
-    for item in items:
-        if isinstance(item, BackgroundTasks):
-            item._state = _CANCELLED
-    for task in _singles(items):
-        if getattr(task, "_always", False) and not interrupted:
-            always.append(task)
-            continue
+    while named or position < len(tasks):
+        always: list[StockTask] = []
+        for task in _give_up(tasks[position:]):
+            if _is_always(task) and not interrupted:
+                always.append(task)
+            else:
+                named.append(f"{_name(task)!r} (not started)")
+        # Said before they run, in case the process is given no time for it.
+        named += [f"{_name(task)!r} (runs all the same)" for task in always]
+        if named:
+            message = "background tasks cut short by %s: %s"
+            logger.log(level, message, by, ", ".join(named))
+        named, position = [], len(tasks)
+        if always:
+            await _run_always(always, trip)
+
+
+def _give_up(tasks: list[StockTask]) -> Iterator[StockTask]:
+    """Yields the single tasks that tasks are or hold, all of them cancelled by now."""
+    for task in tasks:
         if isinstance(task, BackgroundTask):
             task._state = _CANCELLED
-        named.append(f"{_name(task)!r} (not started)")
-    # Said before they run, in case the process is not given the time for it.
-    named += [f"{_name(task)!r} (runs all the same)" for task in always]
-    if named:
-        by = "another response" if cause is None else type(cause).__name__
-        logger.log(level, "background tasks cut short by %s: %s", by, ", ".join(named))
-    if always:
-        with anyio.CancelScope(shield=True):
-            if trip is not None:
+        group = _group(task)
+        if group is None:
+            yield task
+        else:
+            yield from _give_up(group.tasks)
+
+
+async def _run_always(tasks: list[StockTask], trip: _Trip | None) -> None:
+    """Runs each task, whatever comes in between, and logs what fails."""
+    cancelled = anyio.get_cancelled_exc_class()
+    cancellations: list[BaseException] = []
+    with anyio.CancelScope(shield=True):
+        # asyncio's own cancellation reaches behind the shield.
+        if trip is not None:
+            try:
                 await trip.end()
-            for failure in await _run_in_order(always):
-                _log_failure(*failure)
+            except cancelled as exc:
+                cancellations.append(exc)
+        for task in tasks:
+            try:
+                failures = await _run_in_order([task])
+            except cancelled as exc:
+                cancellations.append(exc)
+            else:
+                _log_failures(failures)
+    if cancellations:
+        raise cancellations.pop()
 
 
-async def _run_in_order(tasks: list[Item], itself: Any = None) -> list[Failure]:
+async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short tasks
+    tasks: list[StockTask], direct: Any = None
+) -> list[Failure]:
     """Runs tasks one after the other and returns what failed.
 
-    Only a cancellation or an interrupt leaves, after a report of what is unfinished.
+    Only a cancellation or an interrupt leaves, once what it cuts short has been told.
 
     Args:
         tasks: What to run; it may grow meanwhile.
-        itself: The one that is to be run by its function, whatever class it has.
+        direct: The one to run by its function although its class may have a `__call__`
+            of its own, for that is what has called us.
     """
     failures: list[Failure] = []
     position = 0
@@ -434,12 +482,13 @@ async def _run_in_order(tasks: list[Item], itself: Any = None) -> list[Failure]:
     try:
         while position < len(tasks):
             task = tasks[position]
-            if type(task) is not BackgroundTask and task is not itself:
+            if type(task) is not BackgroundTask and task is not direct:
                 position += 1
                 try:
-                    await task()
+                    failures += await _run_other(task)
                 except BaseException as exc:
-                    failures.append(_failure(task, exc, _is_cancellation))
+                    if not _fails(task, exc, failures, _is_cancellation):
+                        raise
                 now = time()
             elif task.is_async:
                 position += 1
@@ -449,122 +498,150 @@ async def _run_in_order(tasks: list[Item], itself: Any = None) -> list[Failure]:
                     if task._context is None and not task._always:
                         await task.func(*task.args, **task.kwargs)
                     else:
-                        await _await(task, _call(task), task._context)
+                        await _await(_call(task), task._context, shield=task._always)
                 except BaseException as exc:
-                    failures.append(_failure(task, exc, _is_cancellation))
+                    if not _fails(task, exc, failures, _is_cancellation):
+                        raise
                 else:
                     task._state = _SUCCEEDED
                 # The next task starts as this one ends.
                 task._finished = now = time()
             else:
-                trip = _Trip(tasks, position, itself)
+                trip = _Trip(tasks, position, direct, failures)
                 await trip.make()
-                failures += trip.failures
                 position = trip.position
                 trip = None
                 now = time()
     except BaseException as exc:
-        if trip is None:
-            # A group has named its own.
-            named = isinstance(task, BackgroundTasks)
-            unfinished = [] if named else [f"{_name(task)!r} (stopped)"]
-        else:
-            unfinished = trip.abandon()
-            failures += trip.failures
+        unfinished: list[str] = []
+        if trip is not None:
+            unfinished += trip.abandon()
             position = trip.position
-        await _break_off(exc, failures, tasks[position:], unfinished, trip)
+        elif _group(task) is None:
+            unfinished.append(f"{_name(task)!r} (stopped)")
+        _log_failures(failures)
+        await cut_short(
+            tasks,
+            exc,
+            logging.WARNING,
+            position=position,
+            unfinished=unfinished,
+            trip=trip,
+        )
         raise
     return failures
+
+
+async def _run_other(task: StockTask) -> list[Failure]:
+    """Runs a group, or a task that runs in a way of its own."""
+    call = type(task).__call__
+    if isinstance(task, BackgroundTasks) and call is BackgroundTasks.__call__:
+        return await task._complete()
+    if isinstance(task, StockTasks) and call is StockTasks.__call__:
+        return await _run_in_order(task.tasks)
+    await task()
+    return []
 
 
 class _Trip:
     """One trip to a worker thread, for as many tasks in a row as it can take along.
 
-    The event loop may go away while the thread works: asyncio's own cancellation does
-    not wait for threads. What both touch is under the lock, and the abandoned thread
-    starts nothing more and reports its last task itself.
+    The event loop may go away while the thread works, as asyncio's own cancellation
+    does not wait for threads. What both touch is under the lock. An abandoned thread
+    starts nothing more, and tells by itself what has become of its last task.
     """
 
     __slots__ = (
         "_abandoned",
-        "_itself",
+        "_awaitable",
+        "_direct",
+        "_failures",
         "_lock",
         "_task",
         "_tasks",
-        "_unawaited",
         "_working",
-        "failures",
         "position",
     )
 
-    def __init__(self, tasks: list[Item], position: int, itself: Any) -> None:
+    def __init__(
+        self,
+        tasks: list[StockTask],
+        position: int,
+        direct: Any,
+        failures: list[Failure],
+    ) -> None:
         self.position = position
-        self.failures: list[Failure] = []
         self._tasks = tasks
-        self._itself = itself
+        self._direct = direct
+        self._failures = failures
         self._lock = Lock()
         self._working = Lock()
         self._abandoned = False
+        # The task under way, and what it has returned for the event loop to await.
         self._task: BackgroundTask | None = None
-        self._unawaited: tuple[Context, Awaitable[Any]] | None = None
+        self._awaitable: tuple[Awaitable[Any], Context] | None = None
 
     async def make(self) -> None:
         """Runs at least one task, and those after it that share the trip."""
+        task: Any = self._tasks[self.position]
         try:
-            await anyio.to_thread.run_sync(self._work, limiter=_worker_threads())
+            with anyio.CancelScope(shield=task._always):
+                await anyio.to_thread.run_sync(self._work, limiter=_worker_threads())
         except Exception as exc:
-            # For want of a thread nothing ran, and that is how the next task failed.
-            task = self._tasks[self.position]
+            # There was no thread to be had, and so the task has failed.
             self.position += 1
-            self.failures.append(_failure(task, exc, _is_cancellation))
-        if self._task is not None and self._unawaited is not None:
-            context, result = self._unawaited
-            self._unawaited = None
+            _fails(task, exc, self._failures, _is_cancellation)
+        if self._task is not None and self._awaitable is not None:
+            task, (awaitable, context) = self._task, self._awaitable
+            self._awaitable = None
             try:
-                await _await(self._task, result, context)
+                await _await(awaitable, context, shield=task._always)
             except BaseException as exc:
-                self.failures.append(_failure(self._task, exc, _is_cancellation))
+                if not _fails(task, exc, self._failures, _is_cancellation):
+                    raise
             else:
-                self._task._state = _SUCCEEDED
-            self._task._finished = time()
+                task._state = _SUCCEEDED
+            task._finished = time()
 
     def abandon(self) -> list[str]:
         """Keeps the thread from starting more tasks; returns what is unfinished."""
         with self._lock:
             self._abandoned = True
-        task = self._task
+            task, awaitable = self._task, self._awaitable
         if task is None:
             return []
-        if self._unawaited is not None:
-            _drop(task, self._unawaited[1])
-        if task._state is _CANCELLED:
-            return [f"{task.name!r} (stopped)"]
-        if task._state is _RUNNING:
-            return [f"{task.name!r} (its thread goes on)"]
-        return []
+        if awaitable is None and self._working.locked():
+            return [f"{_name(task)!r} (its thread goes on)"]
+        if awaitable is not None:
+            _close(task, awaitable[0])
+        return [f"{_name(task)!r} (stopped)"]
 
     async def end(self) -> None:
-        """Waits for the thread, if it has begun to work."""
-        if self._task is not None:
-            await anyio.to_thread.run_sync(self._working.acquire)
+        """Waits until the thread has ended its work."""
+
+        def wait() -> None:
+            with self._working:
+                pass
+
+        await anyio.to_thread.run_sync(wait)
 
     def _work(self) -> None:
         with self._working:
             self._run_tasks()
 
-    def _run_tasks(self) -> None:  # noqa: PLR0912 - a call more is what a short task costs
-        tasks, itself, lock = self._tasks, self._itself, self._lock
-        began = check_at = now = time()
-        position = self.position
+    def _run_tasks(self) -> None:  # noqa: PLR0912 - likewise
+        tasks, direct, position = self._tasks, self._direct, self.position
+        first: Any = tasks[position]
+        always = first._always
         # As `with lock`, which for a short task would be a tenth of the costs.
-        acquire, release = lock.acquire, lock.release
-        while True:
-            if position >= len(tasks):
-                return
+        acquire, release = self._lock.acquire, self._lock.release
+        began = check_at = now = time()
+        while position < len(tasks):
             task: Any = tasks[position]
-            if (
-                type(task) is not BackgroundTask and task is not itself
-            ) or task.is_async:
+            if type(task) is not BackgroundTask and task is not direct:
+                return
+            # The trip is shielded from cancellation, or not, as a whole.
+            if task.is_async or task._always is not always:
                 return
             position += 1
             acquire()
@@ -573,8 +650,8 @@ class _Trip:
                 return
             self.position = position
             self._task = task
-            task._state = _RUNNING
             release()
+            task._state = _RUNNING
             task._started = now
             context = copy_context() if task._context is None else task._context.copy()
             try:
@@ -582,46 +659,63 @@ class _Trip:
                     result = context.run(task.func, *task.args, **task.kwargs)
                 else:
                     result = context.run(task.func, *task.args)
-            except BaseException as exc:
-                failure = _failure(task, exc, _is_cancellation_in_thread)
-                with lock:
-                    abandoned = self._abandoned
-                    if not abandoned:
-                        self.failures.append(failure)
-                if abandoned:
-                    _log_failure(*failure)
-            else:
                 if result is not None and inspect.isawaitable(result):
-                    with lock:
-                        abandoned = self._abandoned
-                        if not abandoned:
-                            self._unawaited = context, result
-                    if abandoned:
-                        _drop(task, result)
+                    self._hand_back(task, result, context)
                     return
+            except BaseException as exc:
+                if not self._fails(task, exc):
+                    raise
+            else:
                 task._state = _SUCCEEDED
+            self._task = None
             task._finished = now = time()
             if began <= now < check_at:
                 continue
             # A clock that has been set back ends the trip as well.
             if not began <= now < began + _TRIP_SECONDS:
                 return
-            # For anyio's cancellations, of which the flag does not tell. To look each
-            # time would take longer than a short task.
+            # For anyio's cancellation; of asyncio's own the flag tells.
             check_at = now + _CHECK_SECONDS
-            if position < len(tasks):
+            if position < len(tasks) and not always:
                 anyio.from_thread.check_cancelled()
+
+    def _hand_back(
+        self, task: BackgroundTask, result: Awaitable[Any], context: Context
+    ) -> None:
+        with self._lock:
+            abandoned = self._abandoned
+            if not abandoned:
+                self._awaitable = result, context
+        if abandoned:
+            _close(task, result)
+            logger.warning(
+                "background task %r cut short: its request was cancelled before what "
+                "it returned could be awaited",
+                _name(task),
+            )
+
+    def _fails(self, task: BackgroundTask, exc: BaseException) -> bool:
+        failures: list[Failure] = []
+        if not _fails(task, exc, failures, _is_cancellation_in_thread):
+            return False
+        with self._lock:
+            abandoned = self._abandoned
+            if not abandoned:
+                self._failures += failures
+        if abandoned:
+            _log_failures(failures)
+        return True
 
 
 class _ConcurrentRun:
-    """Runs tasks, several at once."""
+    """Runs tasks, several at once; what ends or adds a task wakes it up."""
 
-    def __init__(self, tasks: list[Item], limit: int) -> None:
+    def __init__(self, tasks: list[StockTask], limit: int) -> None:
         self._tasks = tasks
         self._limit = limit
         self._running = 0
         self._failures: list[Failure] = []
-        self._changed = anyio.Event()
+        self._wakeup = anyio.Event()
         self._thread = get_ident()
 
     async def complete(self) -> list[Failure]:
@@ -636,47 +730,63 @@ class _ConcurrentRun:
                         position += 1
                     if not self._running:
                         break
-                    await self._changed.wait()
-                    self._changed = anyio.Event()
+                    await self._wakeup.wait()
+                    self._wakeup = anyio.Event()
         except BaseException as exc:
-            await _break_off(exc, self._failures, self._tasks[position:])
+            _log_failures(self._failures)
+            await cut_short(self._tasks, exc, logging.WARNING, position=position)
             raise
         return self._failures
 
-    async def _run_one(self, task: Item) -> None:
-        self._failures += await _run_in_order([task])
+    async def _run_one(self, task: StockTask) -> None:
+        try:
+            self._failures += await _run_in_order([task])
+        except anyio.get_cancelled_exc_class():
+            # Unless the group is cancelled, asyncio's own cancellation met this task
+            # alone. It has been told, and the others go on.
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
         self._running -= 1
-        self._changed.set()
+        self._wakeup.set()
 
     def wake(self) -> None:
         """Makes the run look for added tasks; from any thread."""
         if get_ident() == self._thread:
-            self._changed.set()
+            self._wakeup.set()
         else:
             # In a thread that is none of anyio's, the end of a task makes it look.
             with suppress(RuntimeError):
                 anyio.from_thread.run_sync(self.wake)
 
 
-async def _break_off(
-    exc: BaseException,
-    failures: list[Failure],
-    rest: list[Item],
-    unfinished: Iterable[str] = (),
-    trip: _Trip | None = None,
-) -> None:
-    """Tells what failed before a run was broken off, and what did not finish."""
-    for failure in failures:
-        _log_failure(*failure)
-    await cut_short(rest, exc, logging.WARNING, unfinished=unfinished, trip=trip)
+def _checked(task: StockTask | Callable[[], Awaitable[Any]]) -> StockTask:
+    if isinstance(task, StockTask):
+        return task
+    checked = BackgroundTask(task)
+    if not checked.is_async:
+        raise TypeError(f"{task!r} is not a task; write BackgroundTask(func, ...)")
+    return checked
 
 
-def _checked(item: Item) -> Item:
-    if isinstance(item, starlette.background.BackgroundTask):
-        return item
-    if not BackgroundTask(item).is_async:
-        raise TypeError(f"{item!r} is not a task; write BackgroundTask(func, ...)")
-    return item
+def _group(task: object) -> BackgroundTasks | StockTasks | None:
+    """Returns the group that a task is, or that it runs as its function."""
+    if isinstance(task, BackgroundTasks | StockTasks):
+        return task
+    func = getattr(task, "func", None)
+    return func if isinstance(func, BackgroundTasks) else None
+
+
+def _func(task: object) -> object:
+    # What has been put into the list by hand may be any awaitable callable.
+    return getattr(task, "func", task) if isinstance(task, StockTask) else task
+
+
+def _is_always(task: StockTask) -> bool:
+    return options_of(_func(task)).always
+
+
+def _name(task: StockTask) -> str:
+    return name_of(_func(task))
 
 
 def _in_worker_thread() -> bool:
@@ -704,18 +814,18 @@ async def _call(task: BackgroundTask) -> None:
 
 
 async def _await(
-    task: BackgroundTask, awaitable: Awaitable[Any], context: Context | None
+    awaitable: Awaitable[Any], context: Context | None, *, shield: bool
 ) -> None:
-    """Awaits a task that is in need of a context, of a shield, or of both."""
+    """Awaits something in a copy of a context, shielded from cancellation or not."""
 
-    async def run() -> None:
+    async def steps() -> None:
         await awaitable
 
-    with anyio.CancelScope(shield=task._always):
+    with anyio.CancelScope(shield=shield):
         if context is None:
             await awaitable
         else:
-            await _in_context(context.copy(), run())
+            await _in_context(context.copy(), steps())
 
 
 @coroutine
@@ -767,7 +877,13 @@ def _is_cancellation(exc: BaseException) -> bool:
         current = asyncio.current_task()
     except RuntimeError:
         return False
-    return current is not None and current.cancelling() > 0
+    if current is not None and current.cancelling() > 0:
+        return True
+    # A task group of anyio's that passes a cancellation on may take back the request.
+    return any(
+        isinstance(frame.f_locals.get("self"), anyio.abc.TaskGroup)
+        for frame, _ in traceback.walk_tb(exc.__traceback__)
+    )
 
 
 def _is_cancellation_in_thread(exc: BaseException) -> bool:
@@ -779,19 +895,23 @@ def _is_cancellation_in_thread(exc: BaseException) -> bool:
     return False
 
 
-def _failure(
-    task: Item, exc: BaseException, is_cancellation: Callable[[BaseException], bool]
-) -> Failure:
-    """Books what a task raised as its failure, unless that is to leave the run.
+def _fails(
+    task: StockTask,
+    exc: BaseException,
+    failures: list[Failure],
+    is_cancellation: Callable[[BaseException], bool],
+) -> bool:
+    """Books what a task has raised as its failure, unless that is to leave the run.
 
-    The failure has a note that names the task.
+    The failure gets a note that names the task.
     """
     if not isinstance(exc, Exception) and any(
         _is_interrupt(part) or is_cancellation(part) for part in _parts(exc)
     ):
         if isinstance(task, BackgroundTask):
             task._state = _CANCELLED
-        raise exc
+            task._finished = time()
+        return False
     name = _name(task)
     if isinstance(exc, Exception):
         failure = exc
@@ -801,13 +921,14 @@ def _failure(
     if isinstance(task, BackgroundTask):
         task._state = _FAILED
         task._exception = failure
-    # A group has named its own tasks; and some exceptions refuse notes.
-    if not isinstance(task, BackgroundTasks):
+    # A group has named its tasks already; and some exceptions refuse notes.
+    if _group(task) is None:
         note = f"in background task {name!r}"
         with suppress(Exception):
             if note not in getattr(failure, "__notes__", ()):
                 failure.add_note(note)
-    return task, failure
+    failures.append((task, failure))
+    return True
 
 
 def _combined(failures: list[Failure]) -> Exception:
@@ -821,40 +942,21 @@ def _combined(failures: list[Failure]) -> Exception:
     )
 
 
-def _log_failure(task: Item, failure: Exception) -> None:
-    extra = {"task_name": _name(task)}
-    if isinstance(task, BackgroundTask):
-        extra["task_id"] = task.id
-    logger.error(
-        "background task %r failed", extra["task_name"], exc_info=failure, extra=extra
-    )
+def _log_failures(failures: list[Failure]) -> None:
+    for task, failure in failures:
+        extra = {"task_name": _name(task)}
+        if isinstance(task, BackgroundTask):
+            extra["task_id"] = task.id
+        message = "background task %r failed"
+        logger.error(message, _name(task), exc_info=failure, extra=extra)
 
 
-def _drop(task: BackgroundTask, result: Awaitable[Any]) -> None:
-    """Gives up what a sync task returned and nobody is left to await."""
+def _close(task: BackgroundTask, result: Awaitable[Any]) -> None:
+    """Gives up what a sync task has returned, as nobody is left to await it."""
     task._state = _CANCELLED
+    task._finished = time()
     if inspect.iscoroutine(result):
         result.close()
-    logger.warning(
-        "background task %r cut short: its request was cancelled before what it "
-        "returned could be awaited",
-        task.name,
-    )
-
-
-def _name(task: Item) -> str:
-    return name_of(getattr(task, "func", task))
-
-
-def _singles(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the single tasks that items are or hold, as groups do."""
-    for item in items:
-        if isinstance(item, BackgroundTasks | starlette.background.BackgroundTasks):
-            yield from _singles(item.tasks)
-        elif isinstance(func := getattr(item, "func", None), BackgroundTasks):
-            yield from _singles([func])
-        else:
-            yield item
 
 
 def _datetime(seconds: float | None) -> datetime | None:

@@ -28,7 +28,7 @@ from starlette.responses import (
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from ._tasks import BackgroundTask, BackgroundTasks, cut_short, sending
+from ._tasks import BackgroundTask, BackgroundTasks, TaskState, cut_short, unstarted
 
 __all__ = [
     "AsyncContentStream",
@@ -89,31 +89,28 @@ class Response(starlette.responses.Response):
             TypeError: If `func` is not callable, is a generator function, or cannot be
                 called with these arguments.
         """
-        background = self.background
-        if type(background) is not BackgroundTasks:
-            background = self._make_group()
-        return background.add_task(func, *args, **kwargs)
+        return self._as_group().add_task(func, *args, **kwargs)
 
-    def _make_group(self) -> BackgroundTasks:
-        """Makes a group of the background, which tells when it is started."""
+    def _as_group(self) -> BackgroundTasks:
+        """Returns the background as a group, which tells when it is started."""
         background = self.background
         if isinstance(background, BackgroundTasks) and (
             type(background).__call__ is BackgroundTasks.__call__
         ):
             return background
-        group = BackgroundTasks()
+        self.background = group = BackgroundTasks()
         if background is not None:
+            # Whatever can be awaited once it is called will do, as in Starlette.
             group.tasks.append(background)
-        self.background = group
         return group
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response, then runs its tasks."""
-        if self.background is not None and type(self.background) is not BackgroundTasks:
-            self._make_group()
-        unstarted: list[starlette.responses.Response] = [self]
-        token = sending.set(unstarted)
+        if self.background is not None:
+            self._as_group()
+        mine: list[starlette.responses.Response] = [self]
+        token = unstarted.set(mine)
         cause: BaseException | None = None
         try:
             await super().__call__(scope, receive, send)
@@ -122,12 +119,14 @@ class Response(starlette.responses.Response):
             raise
         finally:
             try:  # noqa: SIM105 - suppress() takes longer than what it guards
-                sending.reset(token)
+                unstarted.reset(token)
             except ValueError:
-                # A coroutine that is no longer awaited is closed in another context.
+                # A coroutine that nobody awaits any more is closed in another context.
                 pass
-            if unstarted and isinstance(self.background, BackgroundTasks):
-                await cut_short([self.background], cause, logging.INFO)
+            if mine and isinstance(group := self.background, BackgroundTasks):
+                group._state = TaskState.CANCELLED
+                await cut_short(group.tasks, cause, logging.INFO)
+            del cause
 
 
 class HTMLResponse(Response, starlette.responses.HTMLResponse):

@@ -1,7 +1,4 @@
-"""A shop that follows an order up once the customer has the response.
-
-In an app that uses Starlette's tasks one line changes: where BackgroundTasks come from.
-"""
+"""A shop that follows an order up after the response; only one import is postlude's."""
 
 import os
 import tempfile
@@ -55,5 +52,6 @@ app = Starlette(routes=[Route("/orders/{city}", order, methods=["POST"])])
 if __name__ == "__main__":
     port = int(os.environ.get("PORT", "8000"))
     for city in "Paris", "Atlantis":
-        print(f"curl -X POST http://127.0.0.1:{port}/orders/{city}; tail {LOG}")
+        url = f"http://127.0.0.1:{port}/orders/{city}"
+        print(f"curl -X POST {url}; sleep 1; tail {LOG}")
     uvicorn.run(app, port=port)

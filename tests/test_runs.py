@@ -90,6 +90,7 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
     # However slow the machine is.
     monkeypatch.setattr(_tasks, "_TRIP_SECONDS", 60)
+    monkeypatch.setattr(_tasks, "_CHECK_SECONDS", 60)
     return made
 
 

@@ -1,4 +1,4 @@
-"""Background tasks for Starlette and any ASGI framework, run well."""
+"""Background tasks for Starlette that all run, and tell you when they fail."""
 
 from ._options import task
 from ._tasks import BackgroundTask, BackgroundTasks, TaskState

@@ -33,7 +33,7 @@ def task(*, name: str | None = None, always: bool = False) -> Callable[[T], T]:
     The function stays what it was: the same object, called as before. Only a callable
     that cannot carry attributes (a builtin, a bound method) comes back as a
     `functools.partial` of it. `staticmethod` and `classmethod` objects are noted on the
-    function they hold. Options that are not given keep what an earlier `task` declared.
+    function they hold. What an earlier `task` declared stays unless it is given anew.
 
     To declare options for one use of somebody else's function, decorate a
     `functools.partial` of it: `task(always=True)(functools.partial(os.remove, path))`.
@@ -48,11 +48,10 @@ def task(*, name: str | None = None, always: bool = False) -> Callable[[T], T]:
             async def send_receipt(order: int) -> None: ...
 
     Args:
-        name: What logs, notes and reports call the task. By default the dotted name
+        name: What logs and notes call the task. By default the dotted name
             of the function, such as `shop.receipts.send_receipt`.
-        always: Whether the task also runs when its response could not be sent whole:
-            the client went away, the body failed half-way, the request was cancelled.
-            `postlude.responses` and `BackgroundTasks` honour it.
+        always: Whether the task also runs when the request was cancelled or, with
+            `postlude.responses`, when the response could not be sent completely.
 
     Raises:
         TypeError: If `name` is not a string, `always` is not a bool, or what is

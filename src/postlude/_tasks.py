@@ -82,7 +82,7 @@ class TaskState(enum.StrEnum):
     CANCELLED = "cancelled"
     """Stopped or never started, because its request was cancelled or failed."""
     LOST = "lost"
-    """Accepted, but not finished when the application had to stop."""
+    """Reserved for what is accepted, but not finished when the application stops."""
 
 
 # Looking a member up on its enum costs as much as starting a task does.
@@ -383,8 +383,8 @@ class BackgroundTasks(BackgroundTask):
     def __get_pydantic_core_schema__(cls, *_: object) -> NoReturn:
         # FastAPI asks this of a parameter that it does not know how to fill.
         raise TypeError(
-            "FastAPI cannot inject postlude.BackgroundTasks: "
-            "import BackgroundTasks from postlude.fastapi"
+            "FastAPI cannot inject postlude.BackgroundTasks: import BackgroundTasks "
+            "from postlude.fastapi, or return a response with background=tasks"
         )
 
 
@@ -585,8 +585,12 @@ class _Trip:
         """Runs at least one task, and those after it that share the trip."""
         task: Any = self._tasks[self.position]
         try:
-            with anyio.CancelScope(shield=task._always):
-                await anyio.to_thread.run_sync(self._work, limiter=_worker_threads())
+            trip = anyio.to_thread.run_sync(self._work, limiter=_worker_threads())
+            if task._always:
+                with anyio.CancelScope(shield=True):
+                    await trip
+            else:
+                await trip
         except Exception as exc:
             # There was no thread to be had, and so the task has failed.
             self.position += 1

@@ -3,10 +3,11 @@
 Change `from starlette.responses import ...` to `from postlude.responses import ...`.
 The classes are subclasses of Starlette's, so `isinstance` holds.
 
-When a response cannot be sent whole, its tasks do not run, as in Starlette: the body
-failed half-way, the file is missing or its range wrong, the request was cancelled, or
-the server says by an `OSError` that the client went away (ASGI 2.4). Those declared
-`always=True` do run. One `INFO` record on the logger `postlude` names them all.
+When a response cannot be sent completely, its tasks do not run, as in Starlette: the
+body failed half-way, the file is missing, the requested range is invalid, the request
+was cancelled, or the server said by an `OSError` that the client went away (ASGI 2.4).
+Those declared `always=True` do run. One `INFO` record on the logger `postlude` names
+them all.
 """
 
 from __future__ import annotations

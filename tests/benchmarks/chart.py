@@ -83,7 +83,8 @@ def draw(sections: Sections) -> str:
     bottom = TOP + ROW * (len(rows) + len(sections)) + 6
     height = bottom + 34
     subtitle = (
-        f"Higher is better. 1{TIMES} is the same speed; the scale is logarithmic."
+        f"Higher is better. 1{TIMES} is the same speed, orange is slower. "
+        "The scale is logarithmic."
     )
     body = [
         f'<rect class="page" width="{WIDTH}" height="{height}" rx="8"/>',

@@ -28,6 +28,7 @@ import anyio.abc
 import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
+import starlette.background
 from starlette.background import BackgroundTask as StockTask
 from starlette.background import BackgroundTasks as StockTasks
 from typing_extensions import override
@@ -274,7 +275,10 @@ class BackgroundTasks(BackgroundTask):
 
     def __init__(
         self,
-        tasks: Iterable[StockTask | Callable[[], Awaitable[Any]]] | None = None,
+        tasks: Iterable[
+            starlette.background.BackgroundTask | Callable[[], Awaitable[Any]]
+        ]
+        | None = None,
         *,
         concurrency: int = 1,
     ) -> None:

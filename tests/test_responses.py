@@ -764,6 +764,30 @@ async def test_a_task_that_runs_may_add_another_to_its_response() -> None:
     assert tasks_in(server.log) == ["more"]
 
 
+@pytest.mark.parametrize("error", [None, OSError])
+@pytest.mark.parametrize("kind", ["task", "stock task", "stock group", "own group"])
+async def test_a_body_may_replace_the_background(
+    kind: str, error: type[Exception] | None
+) -> None:
+    server = Server(breaks={"end": OSError} if error else {}, spec="2.3")
+    func = note(server.log, "task", always=True)
+    background: Any = {
+        "task": BackgroundTask(func),
+        "stock task": STOCK.BackgroundTask(func),
+        "stock group": STOCK.BackgroundTasks([STOCK.BackgroundTask(func)]),
+        "own group": own(OURS, "BackgroundTasks", [], calls_super=False),
+    }[kind]
+
+    async def body() -> AsyncIterator[bytes]:
+        response.background = background
+        yield b""
+
+    response = StreamingResponse(body())
+    with raising(error):
+        await server.answer(response)
+    assert tasks_in(server.log) == ([] if kind == "own group" else ["task"])
+
+
 async def test_a_group_that_is_not_run_is_cancelled_like_its_tasks() -> None:
     server = Server(breaks={"end": OSError})
     group = BackgroundTasks([BackgroundTask(note(server.log, "task"))])

@@ -870,6 +870,58 @@ async def test_stock_tasks_and_groups_are_cut_short_like_ours(
     assert tasks.tasks[1].tasks[0].state is TaskState.CANCELLED  # type: ignore[attr-defined]
 
 
+async def test_tasks_declared_always_run_though_one_ends_in_a_group_of_errors(
+    records: Callable[[str], list[str]],
+) -> None:
+    log: list[str] = []
+
+    async def broken() -> None:
+        raise BaseExceptionGroup("", [KeyboardInterrupt()] if interrupted else [error])
+
+    for interrupted in False, True:
+        stop = anyio.Event()
+        error = SystemExit()
+        tasks = BackgroundTasks([BackgroundTask(stop.wait)])
+        tasks.add_task(always(broken))
+        tasks.add_task(always(log.append, "always"))
+        try:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await tasks()
+        except BaseExceptionGroup:
+            assert interrupted
+    assert log == ["always"]
+
+
+class OwnTask(BackgroundTask):
+    pass
+
+
+class OwnGroup(starlette.background.BackgroundTasks):
+    async def __call__(self) -> None:
+        for task in self.tasks:
+            await task()
+
+
+@pytest.mark.parametrize(
+    ("task", "stopped"),
+    [
+        (OwnTask(sleep_forever), "sleep_forever"),
+        (OwnGroup([starlette.background.BackgroundTask(sleep_forever)]), "OwnGroup"),
+    ],
+    ids=["task", "group"],
+)
+async def test_a_task_of_a_subclass_is_named_once(
+    task: Any, stopped: str, records: Callable[[str], list[str]]
+) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(BackgroundTasks([task]))
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    [warning] = records("WARNING")
+    assert warning.endswith(f": {name(stopped)} (stopped)")
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_run_leaves_no_garbage(cancelled: bool) -> None:
     async def run() -> None:

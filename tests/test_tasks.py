@@ -633,7 +633,7 @@ class OwnBaseError(BaseException):
         SystemExit(1),
         asyncio.CancelledError(),
         OwnBaseError(),
-        BaseExceptionGroup("several", [SystemExit(1), ValueError()]),
+        BaseExceptionGroup("several", [SystemExit(1), asyncio.CancelledError()]),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -662,6 +662,22 @@ async def test_awaiting_a_cancelled_future_is_a_failure() -> None:
         future: asyncio.Future[None] = asyncio.Future()
         future.cancel()
         await future
+
+    tasks = BackgroundTasks([BackgroundTask(wait), BackgroundTask(log.append, 1)])
+    with pytest.raises(RuntimeError, match="raised CancelledError"):
+        await tasks()
+    assert log == [1]
+
+
+@only_asyncio
+async def test_a_cancelled_future_in_a_task_group_is_a_failure() -> None:
+    log: list[int] = []
+
+    async def wait() -> None:
+        future: asyncio.Future[None] = asyncio.Future()
+        future.cancel()
+        async with anyio.create_task_group():
+            await future
 
     tasks = BackgroundTasks([BackgroundTask(wait), BackgroundTask(log.append, 1)])
     with pytest.raises(RuntimeError, match="raised CancelledError"):

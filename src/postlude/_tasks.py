@@ -181,7 +181,7 @@ class BackgroundTask(StockTask):
                 the cause.
         """
         # A subclass may have a constructor that does not call ours.
-        vars(self).setdefault("_always", False)
+        vars(self).setdefault("_always", options_of(self.func).always)
         vars(self).setdefault("_context", None)
         if failures := await _run_in_order([self], direct=self):
             raise _combined(failures)
@@ -446,24 +446,25 @@ def _give_up(tasks: list[StockTask]) -> Iterator[StockTask]:
 
 async def _run_always(tasks: list[StockTask], trip: _Trip | None) -> None:
     """Runs each task, whatever comes in between, and logs what fails."""
-    cancelled = anyio.get_cancelled_exc_class()
-    cancellations: list[BaseException] = []
+    left: list[BaseException] = []
     with anyio.CancelScope(shield=True):
         # asyncio's own cancellation reaches behind the shield.
         if trip is not None:
             try:
                 await trip.end()
-            except cancelled as exc:
-                cancellations.append(exc)
+            except anyio.get_cancelled_exc_class() as exc:
+                left.append(exc)
         for task in tasks:
             try:
                 failures = await _run_in_order([task])
-            except cancelled as exc:
-                cancellations.append(exc)
+            except BaseException as exc:
+                if any(map(_is_interrupt, _parts(exc))):
+                    raise
+                left.append(exc)
             else:
                 _log_failures(failures)
-    if cancellations:
-        raise cancellations.pop()
+    if left:
+        raise left.pop()
 
 
 async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short tasks
@@ -521,7 +522,7 @@ async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short t
         if trip is not None:
             unfinished += trip.abandon()
             position = trip.position
-        elif _group(task) is None:
+        elif not _tells_itself(task, direct):
             unfinished.append(f"{_name(task)!r} (stopped)")
         _log_failures(failures)
         await cut_short(
@@ -545,6 +546,14 @@ async def _run_other(task: StockTask) -> list[Failure]:
         return await _run_in_order(task.tasks)
     await task()
     return []
+
+
+def _tells_itself(task: StockTask, direct: Any) -> bool:
+    """Whether what a cancellation cuts short in a task has been told already."""
+    if type(task) is BackgroundTask or task is direct:
+        return _group(task) is not None
+    calls = BackgroundTask.__call__, BackgroundTasks.__call__, StockTasks.__call__
+    return type(task).__call__ in calls
 
 
 class _Trip:
@@ -631,7 +640,8 @@ class _Trip:
             with self._working:
                 pass
 
-        await anyio.to_thread.run_sync(wait)
+        # Others are in need of the threads that anyio and postlude allow.
+        await anyio.to_thread.run_sync(wait, limiter=anyio.CapacityLimiter(1))
 
     def _work(self) -> None:
         with self._working:
@@ -887,10 +897,13 @@ def _is_cancellation(exc: BaseException) -> bool:
         return False
     if current is not None and current.cancelling() > 0:
         return True
-    # A task group of anyio's that passes a cancellation on may take back the request.
+    # A task group of anyio's that is cancelled while it waits for its tasks may have
+    # taken back the request by now. Then nothing but that group has raised this.
+    frames = [frame for frame, _ in traceback.walk_tb(exc.__traceback__)][-1:]
     return any(
-        isinstance(frame.f_locals.get("self"), anyio.abc.TaskGroup)
-        for frame, _ in traceback.walk_tb(exc.__traceback__)
+        frame.f_code.co_name == "__aexit__"
+        and isinstance(frame.f_locals.get("self"), anyio.abc.TaskGroup)
+        for frame in frames
     )
 
 

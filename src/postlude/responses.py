@@ -124,9 +124,13 @@ class Response(starlette.responses.Response):
             except ValueError:
                 # A coroutine that nobody awaits any more is closed in another context.
                 pass
-            if mine and isinstance(group := self.background, BackgroundTasks):
-                group._state = TaskState.CANCELLED
-                await cut_short(group.tasks, cause, logging.INFO)
+            background = self.background
+            # One of its own kind, put there by the body, does not tell if it has run.
+            if mine and background is not None:
+                group = self._as_group()
+                if cause is not None or group is background:
+                    group._state = TaskState.CANCELLED
+                    await cut_short(group.tasks, cause, logging.INFO)
             del cause
 
 

@@ -33,10 +33,10 @@ from starlette.background import BackgroundTask as StockTask
 from starlette.background import BackgroundTasks as StockTasks
 from typing_extensions import override
 
+from ._options import GENERATOR, call_fits, check_call, name_of, options_of
+
 if TYPE_CHECKING:
     from starlette.responses import Response
-
-from ._options import GENERATOR, call_fits, check_call, name_of, options_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -180,15 +180,16 @@ class BackgroundTask(StockTask):
                 calling `sys.exit()`, or a cancellation that nobody asked for; that is
                 the cause.
         """
-        # A subclass may have a constructor that does not call ours.
-        vars(self).setdefault("_always", options_of(self.func).always)
-        vars(self).setdefault("_context", None)
+        if "_always" not in vars(self):
+            # A subclass may have a constructor that does not call ours.
+            self._always = options_of(self.func).always
+            self._context = None
         if failures := await _run_in_order([self], direct=self):
             raise _combined(failures)
 
     @property
     def name(self) -> str:
-        """What logs, notes and reports call the task.
+        """What logs and notes call the task.
 
         The dotted name of its function, such as `shop.receipts.send_receipt`, unless
         `task` has given it another.

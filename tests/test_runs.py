@@ -655,8 +655,10 @@ class Held:
 
 @only_asyncio
 async def test_asyncios_cancellation_stops_a_trip_before_the_next_task(
-    records: Callable[[str], list[str]],
+    records: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # So that the trip does not end for its length.
+    monkeypatch.setattr(_tasks, "_TRIP_SECONDS", 60)
     log: list[str] = []
     held = Held(then=lambda: log.append("held"))
     tasks = BackgroundTasks()

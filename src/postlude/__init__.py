@@ -1,6 +1,14 @@
-"""Background tasks for Starlette that all run, and tell you when they fail."""
+"""Background tasks for ASGI apps that all run, and tell you when they fail."""
 
 from ._options import task
 from ._tasks import BackgroundTask, BackgroundTasks, TaskState
+from .middleware import BackgroundTasksMiddleware, add_task
 
-__all__ = ["BackgroundTask", "BackgroundTasks", "TaskState", "task"]
+__all__ = [
+    "BackgroundTask",
+    "BackgroundTasks",
+    "BackgroundTasksMiddleware",
+    "TaskState",
+    "add_task",
+    "task",
+]

@@ -14,6 +14,7 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
+    Mapping,
 )
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
@@ -21,7 +22,16 @@ from datetime import UTC, datetime
 from threading import Lock, get_ident, main_thread
 from time import time
 from types import FunctionType, coroutine
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+)
 
 import anyio
 import anyio.abc
@@ -83,7 +93,7 @@ class TaskState(enum.StrEnum):
     CANCELLED = "cancelled"
     """Stopped or never started, because its request was cancelled or failed."""
     LOST = "lost"
-    """Reserved for what is accepted, but not finished when the application stops."""
+    """Accepted, but not finished when the application stopped."""
 
 
 # Looking a member up on its enum costs as much as starting a task does.
@@ -94,6 +104,38 @@ _PENDING, _RUNNING, _SUCCEEDED, _FAILED, _CANCELLED, _LOST = TaskState
 unstarted: ContextVar[list[Response] | None] = ContextVar(
     "postlude_unstarted", default=None
 )
+
+
+class Home(Protocol):
+    """What tasks belong to where they are made: a request, or the job they are part of.
+
+    Only `BackgroundTasksMiddleware` makes one.
+    """
+
+    @property
+    def is_open(self) -> bool:
+        """Whether tasks may still be added."""
+        ...
+
+    def take(self, task: BackgroundTask) -> Awaitable[object] | None:
+        """Takes over a task that is called, unless that is to run here and now.
+
+        Returns what its caller has to wait for.
+        """
+
+    def add(self, task: StockTask) -> None:
+        """Runs a task after those that are there already."""
+
+    def adopt(self, task: BackgroundTask) -> bool:
+        """Takes over what a response that was cut short has not called any more.
+
+        Returns whether it did: only if the response has been sent all the same.
+        """
+        ...
+
+
+# A context that knows of one belongs to a request, and so tasks are to run in a copy.
+home: ContextVar[Home | None] = ContextVar("postlude_home", default=None)
 
 
 class BackgroundTask(StockTask):
@@ -167,8 +209,10 @@ class BackgroundTask(StockTask):
         self._state = _PENDING
         self._started = None
         self._finished = None
-        in_worker = get_ident() != _MAIN_THREAD and _in_worker_thread()
-        self._context = copy_context() if in_worker else None
+        has_context = home.get() is not None or (
+            get_ident() != _MAIN_THREAD and _in_worker_thread()
+        )
+        self._context = copy_context() if has_context else None
 
     @override
     async def __call__(self) -> None:
@@ -184,6 +228,9 @@ class BackgroundTask(StockTask):
             # A subclass may have a constructor that does not call ours.
             self._always = options_of(self.func).always
             self._context = None
+        if (here := home.get()) and (taken := here.take(self)) is not None:
+            await taken
+            return
         if failures := await _run_in_order([self], direct=self):
             raise _combined(failures)
 
@@ -337,6 +384,9 @@ class BackgroundTasks(BackgroundTask):
         """
         if (responses := unstarted.get()) and responses[0].background is self:
             responses.clear()
+        if (here := home.get()) and (taken := here.take(self)) is not None:
+            await taken
+            return
         if failures := await self._complete():
             error = self._exception = _combined(failures)
             raise error
@@ -377,12 +427,14 @@ class BackgroundTasks(BackgroundTask):
         return [at for at in found if isinstance(at, datetime)]
 
     async def _complete_concurrently(self) -> list[Failure]:
-        run = _ConcurrentRun(self.tasks, self._concurrency)
-        self._runs += (run,)
+        run = _ConcurrentRun(self, _run_alone)
         try:
             return await run.complete()
-        finally:
-            self._runs = tuple(other for other in self._runs if other is not run)
+        except BaseException as exc:
+            _log_failures(run.failures)
+            position = run.position
+            await cut_short(self.tasks, exc, logging.WARNING, position=position)
+            raise
 
     @classmethod
     def __get_pydantic_core_schema__(cls, *_: object) -> NoReturn:
@@ -401,6 +453,7 @@ async def cut_short(
     position: int = 0,
     unfinished: Iterable[str] = (),
     trip: _Trip | None = None,
+    here: Home | None = None,
 ) -> None:
     """Names the tasks whose turn will not come, and runs those declared `always=True`.
 
@@ -412,6 +465,7 @@ async def cut_short(
         position: Where in the list they begin.
         unfinished: What the record names before them.
         trip: A trip to a thread that has to end before anything is run.
+        here: What runs those instead, if it still can.
     """
     by = "another response" if cause is None else type(cause).__name__
     interrupted = cause is not None and any(map(_is_interrupt, _parts(cause)))
@@ -429,7 +483,10 @@ async def cut_short(
             message = "background tasks cut short by %s: %s"
             logger.log(level, message, by, ", ".join(named))
         named, position = [], len(tasks)
-        if always:
+        if here is not None and here.is_open:
+            for task in always:
+                here.add(task)
+        elif always:
             await _run_always(always, trip)
 
 
@@ -557,6 +614,26 @@ def _tells_itself(task: StockTask, direct: Any) -> bool:
     return type(task).__call__ in calls
 
 
+class Job(Protocol):
+    """How a trip's tasks run when they belong to the application."""
+
+    def threads(self) -> anyio.CapacityLimiter:
+        """Returns the limit of threads."""
+        ...
+
+    def call(self, task: BackgroundTask) -> Any:
+        """Calls the function of a sync task, in the task's context."""
+
+    def fails(
+        self, task: BackgroundTask, exc: BaseException, failures: list[Failure]
+    ) -> bool:
+        """Books and logs what a task has raised on the event loop, as `_fails` does."""
+        ...
+
+    def log(self, failures: list[Failure]) -> None:
+        """Logs what has failed in a thread."""
+
+
 class _Trip:
     """One trip to a worker thread, for as many tasks in a row as it can take along.
 
@@ -570,10 +647,13 @@ class _Trip:
         "_awaitable",
         "_direct",
         "_failures",
+        "_job",
         "_lock",
+        "_stopped",
         "_task",
         "_tasks",
         "_working",
+        "awaits",
         "position",
     )
 
@@ -583,11 +663,16 @@ class _Trip:
         position: int,
         direct: Any,
         failures: list[Failure],
+        job: Job | None = None,
     ) -> None:
         self.position = position
+        # Whether the thread has ended its work, and the event loop goes on with it.
+        self.awaits = False
         self._tasks = tasks
         self._direct = direct
         self._failures = failures
+        self._job = job
+        self._stopped = False
         self._lock = Lock()
         self._working = Lock()
         self._abandoned = False
@@ -599,7 +684,8 @@ class _Trip:
         """Runs at least one task, and those after it that share the trip."""
         task: Any = self._tasks[self.position]
         try:
-            trip = anyio.to_thread.run_sync(self._work, limiter=_worker_threads())
+            limiter = _worker_threads() if self._job is None else self._job.threads()
+            trip = anyio.to_thread.run_sync(self._work, limiter=limiter)
             if task._always:
                 with anyio.CancelScope(shield=True):
                     await trip
@@ -608,18 +694,29 @@ class _Trip:
         except Exception as exc:
             # There was no thread to be had, and so the task has failed.
             self.position += 1
-            _fails(task, exc, self._failures, _is_cancellation)
+            self._fails(task, exc)
         if self._task is not None and self._awaitable is not None:
             task, (awaitable, context) = self._task, self._awaitable
             self._awaitable = None
+            self.awaits = True
             try:
                 await _await(awaitable, context, shield=task._always)
             except BaseException as exc:
-                if not _fails(task, exc, self._failures, _is_cancellation):
+                if not self._fails(task, exc):
                     raise
             else:
                 task._state = _SUCCEEDED
             task._finished = time()
+            self._task = None
+
+    def stop(self) -> None:
+        """Keeps the thread from starting more tasks; what it is about is awaited."""
+        self._stopped = True
+
+    def under_way(self) -> tuple[BackgroundTask | None, bool]:
+        """Returns the task that has been started, and whether it is in the thread."""
+        with self._lock:
+            return self._task, not self.awaits and self._working.locked()
 
     def abandon(self) -> list[str]:
         """Keeps the thread from starting more tasks; returns what is unfinished."""
@@ -650,6 +747,7 @@ class _Trip:
 
     def _run_tasks(self) -> None:  # noqa: PLR0912 - likewise
         tasks, direct, position = self._tasks, self._direct, self.position
+        call = None if self._job is None else self._job.call
         first: Any = tasks[position]
         always = first._always
         # As `with lock`, which for a short task would be a tenth of the costs.
@@ -664,7 +762,7 @@ class _Trip:
                 return
             position += 1
             acquire()
-            if self._abandoned:
+            if self._abandoned or self._stopped:
                 release()
                 return
             self.position = position
@@ -674,7 +772,9 @@ class _Trip:
             task._started = now
             context = copy_context() if task._context is None else task._context.copy()
             try:
-                if task.kwargs:
+                if call is not None:
+                    result = context.run(call, task)
+                elif task.kwargs:
                     result = context.run(task.func, *task.args, **task.kwargs)
                 else:
                     result = context.run(task.func, *task.args)
@@ -682,7 +782,7 @@ class _Trip:
                     self._hand_back(task, result, context)
                     return
             except BaseException as exc:
-                if not self._fails(task, exc):
+                if not self._fails_in_thread(task, exc):
                     raise
             else:
                 task._state = _SUCCEEDED
@@ -714,6 +814,11 @@ class _Trip:
             )
 
     def _fails(self, task: BackgroundTask, exc: BaseException) -> bool:
+        if self._job is not None:
+            return self._job.fails(task, exc, self._failures)
+        return _fails(task, exc, self._failures, _is_cancellation)
+
+    def _fails_in_thread(self, task: BackgroundTask, exc: BaseException) -> bool:
         failures: list[Failure] = []
         if not _fails(task, exc, failures, _is_cancellation_in_thread):
             return False
@@ -721,51 +826,61 @@ class _Trip:
             abandoned = self._abandoned
             if not abandoned:
                 self._failures += failures
-        if abandoned:
+        if self._job is not None:
+            self._job.log(failures)
+        elif abandoned:
             _log_failures(failures)
         return True
 
 
 class _ConcurrentRun:
-    """Runs tasks, several at once; what ends or adds a task wakes it up."""
+    """Runs a group's tasks, several at once; what ends or adds a task wakes it up."""
 
-    def __init__(self, tasks: list[StockTask], limit: int) -> None:
-        self._tasks = tasks
-        self._limit = limit
+    def __init__(
+        self,
+        group: BackgroundTasks,
+        run_one: Callable[[StockTask], Awaitable[list[Failure]]],
+    ) -> None:
+        self.position = 0
+        self.failures: list[Failure] = []
+        self._group = group
+        self._run_one = run_one
         self._running = 0
-        self._failures: list[Failure] = []
+        self._stopped = False
         self._wakeup = anyio.Event()
         self._thread = get_ident()
 
     async def complete(self) -> list[Failure]:
         """Runs all tasks and returns what failed, as `_run_in_order` does."""
-        position = 0
+        group, tasks = self._group, self._group.tasks
+        group._runs += (self,)
         try:
-            async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as children:
                 while True:
-                    while self._running < self._limit and position < len(self._tasks):
-                        group.start_soon(self._run_one, self._tasks[position])
+                    while (
+                        self._running < group._concurrency
+                        and self.position < len(tasks)
+                        and not self._stopped
+                    ):
+                        children.start_soon(self._run, tasks[self.position])
                         self._running += 1
-                        position += 1
+                        self.position += 1
                     if not self._running:
                         break
                     await self._wakeup.wait()
                     self._wakeup = anyio.Event()
-        except BaseException as exc:
-            _log_failures(self._failures)
-            await cut_short(self._tasks, exc, logging.WARNING, position=position)
-            raise
-        return self._failures
+        finally:
+            group._runs = tuple(other for other in group._runs if other is not self)
+        return self.failures
 
-    async def _run_one(self, task: StockTask) -> None:
-        try:
-            self._failures += await _run_in_order([task])
-        except anyio.get_cancelled_exc_class():
-            # Unless the group is cancelled, asyncio's own cancellation met this task
-            # alone. It has been told, and the others go on.
-            if anyio.current_effective_deadline() == -math.inf:
-                raise
+    async def _run(self, task: StockTask) -> None:
+        self.failures += await self._run_one(task)
         self._running -= 1
+        self._wakeup.set()
+
+    def stop(self) -> None:
+        """Starts no more tasks."""
+        self._stopped = True
         self._wakeup.set()
 
     def wake(self) -> None:
@@ -776,6 +891,18 @@ class _ConcurrentRun:
             # In a thread that is none of anyio's, the end of a task makes it look.
             with suppress(RuntimeError):
                 anyio.from_thread.run_sync(self.wake)
+
+
+async def _run_alone(task: StockTask) -> list[Failure]:
+    """Runs one of several tasks that run at once."""
+    try:
+        return await _run_in_order([task])
+    except anyio.get_cancelled_exc_class():
+        # Unless the group is cancelled, asyncio's own cancellation met this task
+        # alone. It has been told, and the others go on.
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        return []
 
 
 def _checked(task: StockTask | Callable[[], Awaitable[Any]]) -> StockTask:
@@ -840,11 +967,12 @@ async def _await(
     async def steps() -> None:
         await awaitable
 
-    with anyio.CancelScope(shield=shield):
-        if context is None:
-            await awaitable
-        else:
-            await _in_context(context.copy(), steps())
+    stepped = awaitable if context is None else _in_context(context.copy(), steps())
+    if shield:
+        with anyio.CancelScope(shield=True):
+            await stepped
+    else:
+        await stepped
 
 
 @coroutine
@@ -964,9 +1092,11 @@ def _combined(failures: list[Failure]) -> Exception:
     )
 
 
-def _log_failures(failures: list[Failure]) -> None:
+def _log_failures(
+    failures: list[Failure], request: Mapping[str, object] | None = None
+) -> None:
     for task, failure in failures:
-        extra = {"task_name": _name(task)}
+        extra: dict[str, object] = {"task_name": _name(task), **(request or {})}
         if isinstance(task, BackgroundTask):
             extra["task_id"] = task.id
         message = "background task %r failed"

@@ -29,7 +29,14 @@ from starlette.responses import (
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from ._tasks import BackgroundTask, BackgroundTasks, TaskState, cut_short, unstarted
+from ._tasks import (
+    BackgroundTask,
+    BackgroundTasks,
+    TaskState,
+    cut_short,
+    home,
+    unstarted,
+)
 
 __all__ = [
     "AsyncContentStream",
@@ -128,9 +135,12 @@ class Response(starlette.responses.Response):
             # One of its own kind, put there by the body, does not tell if it has run.
             if mine and background is not None:
                 group = self._as_group()
-                if cause is not None or group is background:
+                here = home.get()
+                if here is not None and here.adopt(group):
+                    pass
+                elif cause is not None or group is background:
                     group._state = TaskState.CANCELLED
-                    await cut_short(group.tasks, cause, logging.INFO)
+                    await cut_short(group.tasks, cause, logging.INFO, here=here)
             del cause
 
 

@@ -1,0 +1,802 @@
+"""What runs the tasks of an application, drains them, and names what is lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
+from inspect import isawaitable
+from threading import Lock
+from time import time
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+
+import anyio
+import anyio.lowlevel
+from starlette.background import BackgroundTask as StockTask
+from starlette.background import BackgroundTasks as StockTasks
+from starlette.types import Scope
+
+from ._options import options_of
+from ._tasks import (
+    BackgroundTask,
+    BackgroundTasks,
+    Failure,
+    TaskState,
+    _combined,
+    _ConcurrentRun,
+    _fails,
+    _group,
+    _in_context,
+    _is_cancellation,
+    _is_interrupt,
+    _log_failures,
+    _Trip,
+    cut_short,
+    home,
+)
+
+if TYPE_CHECKING:
+    import asyncio
+
+Observer: TypeAlias = Callable[[BackgroundTask], AbstractContextManager[object]]
+
+logger = logging.getLogger("postlude")
+
+# How tasks are called unless a subclass has a way of its own.
+_CALLS = (
+    BackgroundTask.__call__,
+    BackgroundTasks.__call__,
+    StockTask.__call__,
+    StockTasks.__call__,
+)
+
+# What is cancelled has so long for its `finally`, then so long under constant pressure.
+_CLEANUP_SECONDS = 1.5
+_PRESSURE_SECONDS = 0.5
+_PROGRESS_SECONDS = 5
+
+# Guards the moment in which a request or a job ends against what other threads add.
+lock = Lock()
+
+
+class Settings(NamedTuple):
+    """What the middleware has been told, checked."""
+
+    drain_timeout: float
+    max_running: float
+    threads: float
+    observers: tuple[Observer, ...]
+    on_lost: Callable[[list[BackgroundTask]], object] | None
+    # One an event loop.
+    limiter: anyio.lowlevel.RunVar[anyio.CapacityLimiter]
+    # The jobs that run within their requests.
+    unsupervised: set[Job]
+
+
+class Job:
+    """The tasks that one request leaves to be done, and the home of what they add.
+
+    Args:
+        tasks: What to run. Groups among them may grow; this list does by `add` alone.
+        scope: The scope of the request.
+        settings: What the middleware has been told.
+        supervisor: What the job belongs to, or `None` if it runs within its request.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_ended",
+        "_settings",
+        "_stopping",
+        "_strands",
+        "_supervisor",
+        "_tasks",
+        "is_open",
+        "method",
+        "native",
+        "path",
+        "scope",
+        "since",
+    )
+
+    def __init__(
+        self,
+        tasks: list[StockTask],
+        scope: Scope,
+        settings: Settings,
+        supervisor: Supervisor | None,
+    ) -> None:
+        self.method: str = scope.get("method", "WEBSOCKET")
+        self.path: str = scope["path"]
+        self.since = time()
+        self.is_open = True
+        # By one of these the job is cancelled: on asyncio, and on Trio.
+        self.native: asyncio.Task[Any] | None = None
+        self.scope: anyio.CancelScope | None = None
+        self._tasks = tasks
+        self._settings = settings
+        self._supervisor = supervisor
+        self._strands: list[_Strand] = [_Strand(tasks)]
+        self._stopping = False
+        self._ended: anyio.Event | None = None
+        self._accepted: set[int] = set()
+        if settings.observers:
+            for task in _singles(tasks):
+                self._accept(task)
+
+    def take(self, task: BackgroundTask) -> None:
+        """Leaves the task to run here and now, within the one that calls it."""
+
+    def adopt(self, task: BackgroundTask) -> bool:  # noqa: ARG002 - what a home takes
+        """Leaves the task where it is."""
+        return False
+
+    def add(self, task: StockTask) -> None:
+        """Runs a task after those that are there already; from any thread.
+
+        Raises:
+            RuntimeError: If the job has ended.
+        """
+        if not self.extend([task]):
+            raise RuntimeError(
+                "the request has ended, and so have its tasks: no more can be added"
+            )
+
+    def extend(self, tasks: list[StockTask]) -> bool:
+        """Adds tasks unless the job has ended; returns whether it did."""
+        with lock:
+            if self.is_open:
+                self._tasks += tasks
+            return self.is_open
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether it belongs to the application, and not to its request."""
+        return self._supervisor is not None
+
+    async def complete(self) -> None:
+        """Waits for the end of the job, or runs it here if it belongs to its request.
+
+        To cancel the waiting does not touch the job.
+        """
+        if self._supervisor is None and self not in self._settings.unsupervised:
+            await self._run_here()
+        elif self._ended is None or not self._ended.is_set():
+            self._ended = self._ended or anyio.Event()
+            await self._ended.wait()
+
+    async def leave(self, cause: BaseException) -> None:
+        """Does not wait as the request fails, unless the job belongs to that."""
+        if self._supervisor is None:
+            if isinstance(cause, Exception):
+                await self.complete()
+            else:
+                await self._cut_short(cause)
+
+    async def run(self) -> None:
+        """Runs the tasks for the supervisor.
+
+        Only what ends everything leaves, and on Trio the cancellation, as it must.
+        """
+        broken_off = True
+        try:
+            await self._run()
+            broken_off = False
+        except BaseException as exc:
+            if self.native is None or not _is_cancelled_error(exc):
+                raise
+        finally:
+            self.end(broken_off=broken_off)
+
+    async def _run_here(self) -> None:
+        self._settings.unsupervised.add(self)
+        try:
+            await self._run()
+        except BaseException as exc:
+            await self._cut_short(exc)
+            raise
+        finally:
+            self._settings.unsupervised.remove(self)
+            self.end()
+
+    async def _cut_short(self, cause: BaseException) -> None:
+        """Names the tasks that are left, and runs those declared `always=True`."""
+        pending: list[StockTask] = []
+        unfinished: list[str] = []
+        trip: _Trip | None = None
+        for strand in reversed(self._strands):
+            if strand.trip is not None:
+                trip = strand.trip
+                unfinished += trip.abandon()
+            elif strand.task is not None:
+                unfinished.append(f"{strand.task.name!r} (stopped)")
+            pending += strand.tasks[strand.reached() :]
+        await cut_short(
+            pending, cause, logging.WARNING, unfinished=unfinished, trip=trip
+        )
+
+    def end(self, *, broken_off: bool = False) -> None:
+        """Lets go those who wait for the job, and starts the next one.
+
+        Args:
+            broken_off: Whether tasks are left although nothing has stopped the job.
+        """
+        self.is_open = False
+        if self._ended is not None:
+            self._ended.set()
+        if self._supervisor is not None:
+            self._supervisor.ended(self, broken_off=broken_off)
+
+    def lose(self) -> list[tuple[BackgroundTask, str]]:
+        """Gives up what has not ended, and lists it as `outstanding` does."""
+        lost = self.outstanding()
+        for strand in self._strands:
+            _set_state(strand.tasks[strand.reached() :], TaskState.LOST)
+        for task, _ in lost:
+            task._state = TaskState.LOST
+        return lost
+
+    def stop(self) -> None:
+        """Starts no more tasks, and cancels the running ones, once.
+
+        A worker thread ends the task that it is about, as it cannot be stopped.
+        """
+        self._stopping = True
+        if self.scope is not None:
+            self.scope.cancel()
+        for strand in self._strands:
+            if strand.run is not None:
+                strand.run.stop()
+            elif strand.trip is not None and not strand.trip.awaits:
+                strand.trip.stop()
+            elif strand.task is not None or strand.trip is not None:
+                native = strand.native or self.native
+                if native is not None:
+                    native.cancel()
+
+    def press(self) -> None:
+        """Cancels whatever goes on, once more."""
+        for strand in self._strands:
+            native = strand.native or self.native
+            if native is not None:
+                native.cancel()
+
+    def outstanding(self) -> list[tuple[BackgroundTask, str]]:
+        """Lists the tasks that have not ended, each with where it stands."""
+        strands = reversed(self._strands.copy())
+        return [entry for strand in strands for entry in strand.outstanding()]
+
+    def threads(self) -> anyio.CapacityLimiter:
+        """Returns the limit of threads for the tasks of this event loop."""
+        limiter = self._settings.limiter.get(None)
+        if limiter is None:
+            limiter = anyio.CapacityLimiter(self._settings.threads)
+            self._settings.limiter.set(limiter)
+        return limiter
+
+    def call(self, task: BackgroundTask) -> Any:
+        """Calls the function of a sync task, in the task's context."""
+        home.set(self)
+        if not self._settings.observers:
+            return task.func(*task.args, **task.kwargs)
+        self._accept(task)
+        with _observed(task, self._settings.observers):
+            return task.func(*task.args, **task.kwargs)
+
+    def fails(
+        self, task: StockTask, exc: BaseException, failures: list[Failure]
+    ) -> bool:
+        """Books and logs what a task has raised, unless that is to leave the job."""
+        booked: list[Failure] = []
+        if not _fails(task, exc, booked, self._is_cancellation):
+            return False
+        failures += booked
+        self.log(booked)
+        return True
+
+    def log(self, failures: list[Failure]) -> None:
+        """Logs what has failed."""
+        request = {"request_method": self.method, "request_path": self.path}
+        _log_failures(failures, request)
+
+    async def _run(self) -> None:
+        [strand] = self._strands
+        while True:
+            await self._run_strand(strand)
+            with lock:
+                if self._stopping or strand.position >= len(self._tasks):
+                    self.is_open = False
+                    return
+
+    async def _run_list(
+        self, tasks: list[StockTask], native: asyncio.Task[Any] | None = None
+    ) -> list[Failure]:
+        strand = _Strand(tasks, native)
+        self._strands.append(strand)
+        failures = await self._run_strand(strand)
+        self._leave(strand)
+        return failures
+
+    def _leave(self, strand: _Strand) -> None:
+        # One that has been stopped stays, to tell what is left of it.
+        if not any(strand.outstanding()):
+            self._strands.remove(strand)
+
+    async def _run_strand(self, strand: _Strand) -> list[Failure]:
+        """Runs tasks one after the other and returns what failed."""
+        failures: list[Failure] = []
+        tasks = strand.tasks
+        while strand.position < len(tasks) and not self._stopping:
+            task = tasks[strand.position]
+            group = _plain_group(task)
+            if group is not None:
+                strand.position += 1
+                failures += await self._run_group(group)
+            elif (handle := _handle(task)) is not task:
+                strand.position += 1
+                failures += await self._run_list([handle])
+            elif handle.is_async or _overrides_call(handle):
+                strand.position += 1
+                await self._run_async(strand, handle, failures)
+            else:
+                # What has a class of its own is let in as the one that is called.
+                at = strand.position
+                trip = strand.trip = _Trip(tasks, at, handle, failures, self)
+                await trip.make()
+                strand.position = trip.position
+                strand.trip = None
+        return failures
+
+    async def _run_async(
+        self, strand: _Strand, task: BackgroundTask, failures: list[Failure]
+    ) -> None:
+        strand.task = task
+        context = copy_context() if task._context is None else task._context.copy()
+        task._state = TaskState.RUNNING
+        task._started = time()
+        try:
+            await _in_context(context, self._call(task))
+        except BaseException as exc:
+            if not self.fails(task, exc, failures):
+                raise
+        else:
+            task._state = TaskState.SUCCEEDED
+        task._finished = time()
+        strand.task = None
+
+    async def _call(self, task: BackgroundTask) -> None:
+        home.set(self)
+        call: Callable[..., Any] = task.func
+        if _overrides_call(task):
+            # It runs here and now, in the context that it is in already.
+            call, task._context = task.__call__, None
+        if not self._settings.observers:
+            await call(*task.args, **task.kwargs)
+            return
+        self._accept(task)
+        with _observed(task, self._settings.observers):
+            await call(*task.args, **task.kwargs)
+
+    async def _run_group(self, group: BackgroundTasks | StockTasks) -> list[Failure]:
+        if not isinstance(group, BackgroundTasks):
+            return await self._run_list(group.tasks)
+        group._state = TaskState.RUNNING
+        try:
+            if group._concurrency == 1:
+                failures = await self._run_list(group.tasks)
+            else:
+                failures = await self._run_concurrently(group)
+        except BaseException:
+            group._state = TaskState.CANCELLED
+            raise
+        if any(strand.tasks is group.tasks for strand in self._strands):
+            group._state = TaskState.LOST
+        elif failures:
+            group._state = TaskState.FAILED
+            group._exception = _combined(failures)
+        else:
+            group._state = TaskState.SUCCEEDED
+        return failures
+
+    async def _run_concurrently(self, group: BackgroundTasks) -> list[Failure]:
+        strand = _Strand(group.tasks, None)
+
+        async def run_one(task: StockTask) -> list[Failure]:
+            native = None
+            if self.native is not None:
+                import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
+
+                native = asyncio.current_task()
+            return await self._run_list([task], native)
+
+        strand.run = _ConcurrentRun(group, run_one)
+        self._strands.append(strand)
+        failures = await strand.run.complete()
+        self._leave(strand)
+        return failures
+
+    def _is_cancellation(self, exc: BaseException) -> bool:
+        """Whether this is the cancellation that somebody asked for."""
+        if self.native is None:
+            return _is_cancellation(exc)
+        if not _is_cancelled_error(exc):
+            return False
+        supervisor = self._supervisor
+        if (
+            self._stopping
+            or (supervisor is not None and supervisor.is_cancelled())
+            or anyio.current_effective_deadline() == -math.inf
+        ):
+            return True
+        # Nobody else cancels the job: what does has met this task alone.
+        import asyncio  # noqa: PLC0415 - likewise
+
+        current = asyncio.current_task()
+        while current is not None and current.cancelling():
+            current.uncancel()
+        return False
+
+    def _accept(self, task: BackgroundTask) -> None:
+        """Tells the observers of a task, once."""
+        if id(task) not in self._accepted:
+            self._accepted.add(id(task))
+            _tell(self._settings.observers, "accepted", task)
+
+
+class _Strand:
+    """A list of tasks that run one after the other, and how far they have come."""
+
+    __slots__ = ("native", "position", "run", "task", "tasks", "trip")
+
+    def __init__(
+        self, tasks: list[StockTask], native: asyncio.Task[Any] | None = None
+    ) -> None:
+        self.tasks = tasks
+        # The task of asyncio's that runs it, if that is not the job's own.
+        self.native = native
+        self.position = 0
+        # What is under way: a task on the event loop, a trip to a worker thread, or a
+        # group whose tasks are on strands of their own, as several run at once.
+        self.task: BackgroundTask | None = None
+        self.trip: _Trip | None = None
+        self.run: _ConcurrentRun | None = None
+
+    def reached(self) -> int:
+        """Returns the position of the first task that has not been started."""
+        by = self.trip or self.run or self
+        return by.position
+
+    def outstanding(self) -> Iterator[tuple[BackgroundTask, str]]:
+        """Yields the tasks that have not ended, each with where it stands."""
+        task, in_thread = self.task, False
+        if self.trip is not None:
+            task, in_thread = self.trip.under_way()
+        if task is not None:
+            yield task, "in a thread" if in_thread else "running"
+        for pending in _singles(self.tasks[self.reached() :]):
+            yield pending, "pending"
+
+
+class Supervisor:
+    """Owns the jobs of an application for as long as its lifespan goes on.
+
+    Args:
+        settings: What the middleware has been told.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._running: set[Job] = set()
+        self._waiting: deque[Job] = deque()
+        # Jobs that have ended with tasks left, although they had not been stopped.
+        self._broken_off: list[Job] = []
+        self._idle = anyio.Event()
+        self._deadline: float | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._children = anyio.create_task_group()
+        await self._children.__aenter__()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._host: asyncio.Task[Any] | None = None
+        try:
+            import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
+
+            self._host = asyncio.current_task()
+            self._here: Callable[[], object] = asyncio.get_running_loop
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._here = anyio.lowlevel.current_token
+        self._token = self._here()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancels what still runs, and reports what is lost."""
+        try:
+            await self._wind_up()
+        finally:
+            await self._children.__aexit__(None, None, None)
+
+    def is_here(self) -> bool:
+        """Whether the running event loop is the one whose jobs it owns."""
+        try:
+            return self._here() == self._token
+        except RuntimeError:
+            return False
+
+    def is_cancelled(self) -> bool:
+        """Whether the server is cancelling everything, and so the lifespan as well."""
+        return self._host is not None and self._host.cancelling() > 0
+
+    def accept(self, job: Job) -> None:
+        """Takes a job. Nothing can come in between, as nothing is awaited."""
+        if self._closed:
+            job.end()
+            if lost := self._tell_lost([job]):
+                self._children.start_soon(self._call_on_lost, lost)
+        elif len(self._running) < self._settings.max_running:
+            self._start(job)
+        else:
+            self._waiting.append(job)
+
+    def ended(self, job: Job, *, broken_off: bool) -> None:
+        """Hears of the end of a job, and starts the next."""
+        self._running.discard(job)
+        if broken_off:
+            self._broken_off.append(job)
+        if self._waiting and len(self._running) < self._settings.max_running:
+            self._start(self._waiting.popleft())
+        if not self._running:
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Waits until all jobs have ended, or the time for that has; then stops them.
+
+        To cancel it ends the waiting; called again, it goes on.
+        """
+        timeout = self._settings.drain_timeout
+        if self._deadline is None:
+            self._deadline = anyio.current_time() + timeout
+            if self._running:
+                message = "shutdown waits for background tasks, up to %s s: %s"
+                logger.info(message, timeout, self._names())
+        while (left := self._deadline - anyio.current_time()) > 0:
+            if await self._is_idle_within(min(left, _PROGRESS_SECONDS)):
+                break
+            if left > _PROGRESS_SECONDS:
+                message = "shutdown still waits for background tasks, up to %.0f s: %s"
+                logger.warning(message, left - _PROGRESS_SECONDS, self._names())
+        await self._wind_up()
+
+    def groups(self) -> tuple[int, int]:
+        """Returns how many jobs are running, and how many are waiting for them."""
+        return len(self._running), len(self._waiting)
+
+    def jobs(self) -> list[Job]:
+        """Lists the jobs that have not ended; from any thread."""
+        return [*self._running.copy(), *self._waiting.copy()]
+
+    def _start(self, job: Job) -> None:
+        self._running.add(job)
+        if self._loop is None:
+            self._children.start_soon(self._run_in_scope, job)
+        else:
+            # Half the costs of a task in a task group.
+            job.native = self._loop.create_task(job.run())
+
+    async def _run_in_scope(self, job: Job) -> None:
+        with anyio.CancelScope() as job.scope:
+            await job.run()
+
+    async def _wind_up(self) -> None:
+        """Stops the jobs that have not ended, and reports what is lost."""
+        if self._closed:
+            return
+        self._closed = True
+        running, waiting = [*self._running], [*self._waiting]
+        self._waiting.clear()
+        try:
+            with anyio.CancelScope(shield=True):
+                for job in waiting:
+                    job.end()
+                for job in running:
+                    job.stop()
+                if not await self._is_idle_within(_CLEANUP_SECONDS):
+                    pressure = anyio.current_time() + _PRESSURE_SECONDS
+                    while anyio.current_time() < pressure:
+                        for job in self._running:
+                            job.press()
+                        if await self._is_idle_within(0.05):
+                            break
+        finally:
+            jobs = dict.fromkeys([*self._broken_off, *running, *waiting])
+            lost = self._tell_lost(jobs)
+        if lost:
+            with anyio.CancelScope(shield=True):
+                await self._call_on_lost(lost)
+
+    async def _is_idle_within(self, seconds: float) -> bool:
+        """Waits for the end of all jobs for so long, and returns whether that came."""
+        end = anyio.current_time() + seconds
+        while self._running and (left := end - anyio.current_time()) > 0:
+            if self._loop is None:
+                self._idle = anyio.Event()
+                with anyio.move_on_after(left):
+                    await self._idle.wait()
+                continue
+            import asyncio  # noqa: PLC0415 - likewise
+
+            natives = {job.native: job for job in self._running if job.native}
+            done, _ = await asyncio.wait(natives, timeout=left)
+            for native in done:
+                # One that is cancelled before its first step tells nothing by itself.
+                if (job := natives[native]) in self._running:
+                    job.end(broken_off=True)
+        return not self._running
+
+    def _names(self) -> str:
+        counts = Counter(
+            task.name for job in self.jobs() for task, _ in job.outstanding()
+        )
+        return ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+
+    def _tell_lost(self, jobs: Iterable[Job]) -> list[BackgroundTask]:
+        """Logs what jobs have left undone, tells the observers, and returns it."""
+        lost = [entry for job in jobs for entry in job.lose()]
+        if lost:
+            logger.error(
+                "%d background tasks lost at shutdown: %s",
+                len(lost),
+                ", ".join(f"{task.name!r} ({where})" for task, where in lost),
+            )
+        for task, _ in lost:
+            _tell(self._settings.observers, "lost", task)
+        return [task for task, _ in lost]
+
+    async def _call_on_lost(self, lost: list[BackgroundTask]) -> None:
+        if self._settings.on_lost is None:
+            return
+        try:
+            result = self._settings.on_lost(lost)
+            if isawaitable(result):
+                await result
+        except BaseException as exc:
+            if _is_interrupt(exc) or _is_cancellation(exc):
+                raise
+            logger.exception("on_lost failed")
+
+
+@contextmanager
+def _observed(task: BackgroundTask, observers: tuple[Observer, ...]) -> Generator[None]:
+    """Enters the observers, none of whom can do any harm to the task."""
+    entered: list[tuple[Observer, AbstractContextManager[object]]] = []
+    for observer in observers:
+        with _harmless(observer, task):
+            manager = observer(task)
+            manager.__enter__()
+            entered.append((observer, manager))
+    cause: BaseException | None = None
+    try:
+        yield
+    except BaseException as exc:
+        cause = exc
+        raise
+    finally:
+        traceback = None if cause is None else cause.__traceback__
+        for observer, manager in reversed(entered):
+            with _harmless(observer, task, cause):
+                kind = None if cause is None else type(cause)
+                manager.__exit__(kind, cause, traceback)
+        del cause, traceback
+
+
+@contextmanager
+def _harmless(
+    observer: Observer, task: BackgroundTask, cause: BaseException | None = None
+) -> Generator[None]:
+    """Logs what an observer raises, unless that is what the task has raised."""
+    try:
+        yield
+    except BaseException as exc:
+        if exc is cause:
+            return
+        if _is_interrupt(exc):
+            raise
+        message = "observer %r failed for background task %r"
+        logger.exception(message, observer, task.name)
+    finally:
+        del cause
+
+
+def _tell(observers: tuple[Observer, ...], what: str, task: BackgroundTask) -> None:
+    """Calls the method of that name of each observer that has one."""
+    for observer in observers:
+        method = getattr(observer, what, None)
+        if callable(method):
+            with _harmless(observer, task):
+                method(task)
+
+
+def _plain_group(task: object) -> BackgroundTasks | StockTasks | None:
+    """Returns the group that a task is or runs, if that runs its tasks as a list."""
+    group = _group(task)
+    return None if group is None or _overrides_call(group) else group
+
+
+def _overrides_call(task: StockTask) -> bool:
+    """Whether a task runs in a way of its own."""
+    return type(task).__call__ not in _CALLS
+
+
+def _singles(tasks: Iterable[StockTask]) -> Iterator[BackgroundTask]:
+    """Yields the single tasks that tasks are or hold."""
+    for task in tasks:
+        group = _plain_group(task)
+        if group is None:
+            yield _handle(task)
+        else:
+            yield from _singles(group.tasks)
+
+
+def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
+    """Names the tasks that are not to run; returns those declared `always=True`."""
+    always: list[StockTask] = []
+    names: list[str] = []
+    for task in _singles(tasks):
+        if task._always:
+            always.append(task)
+        else:
+            task._state = TaskState.CANCELLED
+            names.append(repr(task.name))
+    if names:
+        logger.info(
+            "background tasks not run, as %s: %s",
+            why,
+            ", ".join(names),
+            extra={
+                "request_method": scope.get("method", "WEBSOCKET"),
+                "request_path": scope["path"],
+            },
+        )
+    return always
+
+
+def _set_state(tasks: Iterable[StockTask], state: TaskState) -> None:
+    """Sets the state of tasks, groups, and what they hold."""
+    for task in tasks:
+        if isinstance(task, BackgroundTask):
+            task._state = state
+        if (group := _plain_group(task)) is not None:
+            _set_state(group.tasks, state)
+
+
+def _handle(task: StockTask) -> BackgroundTask:
+    """Returns the task itself, or for what is none of ours, one of ours."""
+    if isinstance(task, BackgroundTask) and not isinstance(task, BackgroundTasks):
+        if "_always" not in vars(task):
+            # A subclass may have a constructor that does not call ours.
+            _prepare(task)
+        return task
+    handle = BackgroundTask.__new__(BackgroundTask)
+    if type(task) is StockTask:
+        handle.func, handle.args, handle.kwargs = task.func, task.args, task.kwargs
+        handle.is_async = task.is_async
+    else:
+        handle.func, handle.args, handle.kwargs = task, (), {}
+        handle.is_async = True
+    _prepare(handle)
+    return handle
+
+
+def _prepare(task: BackgroundTask) -> None:
+    task._always = options_of(task.func).always
+    task._context = None
+    task._state = TaskState.PENDING
+    task._started = task._finished = None
+
+
+def _is_cancelled_error(exc: BaseException) -> bool:
+    return isinstance(exc, anyio.get_cancelled_exc_class())

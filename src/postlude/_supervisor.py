@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from inspect import isawaitable
 from threading import Lock
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import anyio
@@ -89,6 +89,7 @@ class Job:
     __slots__ = (
         "_accepted",
         "_ended",
+        "_handles",
         "_settings",
         "_stopping",
         "_strands",
@@ -111,7 +112,7 @@ class Job:
     ) -> None:
         self.method: str = scope.get("method", "WEBSOCKET")
         self.path: str = scope["path"]
-        self.since = time()
+        self.since = monotonic()
         self.is_open = True
         # By one of these the job is cancelled: on asyncio, and on Trio.
         self.native: asyncio.Task[Any] | None = None
@@ -122,9 +123,10 @@ class Job:
         self._strands: list[_Strand] = [_Strand(tasks)]
         self._stopping = False
         self._ended: anyio.Event | None = None
+        self._handles: dict[int, BackgroundTask] = {}
         self._accepted: set[int] = set()
         if settings.observers:
-            for task in _singles(tasks):
+            for task in self._singles(tasks):
                 self._accept(task)
 
     def take(self, task: BackgroundTask) -> None:
@@ -164,7 +166,7 @@ class Job:
         """
         if self._supervisor is None and self not in self._settings.unsupervised:
             await self._run_here()
-        elif self._ended is None or not self._ended.is_set():
+        elif self.is_open:
             self._ended = self._ended or anyio.Event()
             await self._ended.wait()
 
@@ -175,6 +177,7 @@ class Job:
                 await self.complete()
             else:
                 await self._cut_short(cause)
+                self.end()
 
     async def run(self) -> None:
         """Runs the tasks for the supervisor.
@@ -233,6 +236,7 @@ class Job:
     def lose(self) -> list[tuple[BackgroundTask, str]]:
         """Gives up what has not ended, and lists it as `outstanding` does."""
         lost = self.outstanding()
+        self.is_open = False
         for strand in self._strands:
             _set_state(strand.tasks[strand.reached() :], TaskState.LOST)
         for task, _ in lost:
@@ -267,7 +271,7 @@ class Job:
     def outstanding(self) -> list[tuple[BackgroundTask, str]]:
         """Lists the tasks that have not ended, each with where it stands."""
         strands = reversed(self._strands.copy())
-        return [entry for strand in strands for entry in strand.outstanding()]
+        return [entry for strand in strands for entry in self._left_of(strand)]
 
     def threads(self) -> anyio.CapacityLimiter:
         """Returns the limit of threads for the tasks of this event loop."""
@@ -322,8 +326,28 @@ class Job:
 
     def _leave(self, strand: _Strand) -> None:
         # One that has been stopped stays, to tell what is left of it.
-        if not any(strand.outstanding()):
+        if not any(self._left_of(strand)):
             self._strands.remove(strand)
+
+    def _left_of(self, strand: _Strand) -> Iterator[tuple[BackgroundTask, str]]:
+        task, in_thread = strand.task, False
+        if strand.trip is not None:
+            task, in_thread = strand.trip.under_way()
+        if task is not None:
+            yield task, "in a thread" if in_thread else "running"
+        for pending in self._singles(strand.tasks[strand.reached() :]):
+            yield pending, "pending"
+
+    def _singles(self, tasks: Iterable[StockTask]) -> Iterator[BackgroundTask]:
+        return map(self._handle, _singles(tasks))
+
+    def _handle(self, task: StockTask) -> BackgroundTask:
+        """Returns the task itself, or for what is none of ours, one that is."""
+        if isinstance(task, BackgroundTask) and not isinstance(task, BackgroundTasks):
+            return _handle(task)
+        if id(task) not in self._handles:
+            self._handles[id(task)] = _handle(task)
+        return self._handles[id(task)]
 
     async def _run_strand(self, strand: _Strand) -> list[Failure]:
         """Runs tasks one after the other and returns what failed."""
@@ -335,7 +359,7 @@ class Job:
             if group is not None:
                 strand.position += 1
                 failures += await self._run_group(group)
-            elif (handle := _handle(task)) is not task:
+            elif (handle := self._handle(task)) is not task:
                 strand.position += 1
                 failures += await self._run_list([handle])
             elif handle.is_async or _overrides_call(handle):
@@ -345,7 +369,11 @@ class Job:
                 # What has a class of its own is let in as the one that is called.
                 at = strand.position
                 trip = strand.trip = _Trip(tasks, at, handle, failures, self)
-                await trip.make()
+                try:
+                    await trip.make()
+                except BaseException:
+                    trip.abandon()
+                    raise
                 strand.position = trip.position
                 strand.trip = None
         return failures
@@ -390,9 +418,11 @@ class Job:
             else:
                 failures = await self._run_concurrently(group)
         except BaseException:
-            group._state = TaskState.CANCELLED
+            group._state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
             raise
-        if any(strand.tasks is group.tasks for strand in self._strands):
+        if self._stopping and any(
+            task.finished_at is None for task in self._singles(group.tasks)
+        ):
             group._state = TaskState.LOST
         elif failures:
             group._state = TaskState.FAILED
@@ -410,7 +440,13 @@ class Job:
                 import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
 
                 native = asyncio.current_task()
-            return await self._run_list([task], native)
+            try:
+                return await self._run_list([task], native)
+            except anyio.get_cancelled_exc_class():
+                # To be stopped is told to each task by itself, and then the group ends.
+                if anyio.current_effective_deadline() == -math.inf:
+                    raise
+                return []
 
         strand.run = _ConcurrentRun(group, run_one)
         self._strands.append(strand)
@@ -469,16 +505,6 @@ class _Strand:
         by = self.trip or self.run or self
         return by.position
 
-    def outstanding(self) -> Iterator[tuple[BackgroundTask, str]]:
-        """Yields the tasks that have not ended, each with where it stands."""
-        task, in_thread = self.task, False
-        if self.trip is not None:
-            task, in_thread = self.trip.under_way()
-        if task is not None:
-            yield task, "in a thread" if in_thread else "running"
-        for pending in _singles(self.tasks[self.reached() :]):
-            yield pending, "pending"
-
 
 class Supervisor:
     """Owns the jobs of an application for as long as its lifespan goes on.
@@ -534,9 +560,8 @@ class Supervisor:
     def accept(self, job: Job) -> None:
         """Takes a job. Nothing can come in between, as nothing is awaited."""
         if self._closed:
-            job.end()
-            if lost := self._tell_lost([job]):
-                self._children.start_soon(self._call_on_lost, lost)
+            job.end(broken_off=True)
+            self._lose_now()
         elif len(self._running) < self._settings.max_running:
             self._start(job)
         else:
@@ -547,6 +572,13 @@ class Supervisor:
         self._running.discard(job)
         if broken_off:
             self._broken_off.append(job)
+            if not (
+                self._closed
+                or self.is_cancelled()
+                or anyio.current_effective_deadline() == -math.inf
+            ):
+                # An interrupt, or a cancellation that none but this job has met.
+                self._lose_now()
         if self._waiting and len(self._running) < self._settings.max_running:
             self._start(self._waiting.popleft())
         if not self._running:
@@ -587,6 +619,11 @@ class Supervisor:
             # Half the costs of a task in a task group.
             job.native = self._loop.create_task(job.run())
 
+    def _lose_now(self) -> None:
+        if lost := self._tell_lost(self._broken_off):
+            self._children.start_soon(self._call_on_lost, lost)
+        self._broken_off.clear()
+
     async def _run_in_scope(self, job: Job) -> None:
         with anyio.CancelScope() as job.scope:
             await job.run()
@@ -604,7 +641,10 @@ class Supervisor:
                     job.end()
                 for job in running:
                     job.stop()
-                if not await self._is_idle_within(_CLEANUP_SECONDS):
+                # A server that cancels is in a hurry, and might not wait for a report.
+                hurries = self.is_cancelled()
+                cleanup = _CLEANUP_SECONDS / 3 if hurries else _CLEANUP_SECONDS
+                if not await self._is_idle_within(cleanup):
                     pressure = anyio.current_time() + _PRESSURE_SECONDS
                     while anyio.current_time() < pressure:
                         for job in self._running:
@@ -648,7 +688,7 @@ class Supervisor:
         lost = [entry for job in jobs for entry in job.lose()]
         if lost:
             logger.error(
-                "%d background tasks lost at shutdown: %s",
+                "%d background tasks lost: %s",
                 len(lost),
                 ", ".join(f"{task.name!r} ({where})" for task, where in lost),
             )
@@ -731,12 +771,12 @@ def _overrides_call(task: StockTask) -> bool:
     return type(task).__call__ not in _CALLS
 
 
-def _singles(tasks: Iterable[StockTask]) -> Iterator[BackgroundTask]:
+def _singles(tasks: Iterable[StockTask]) -> Iterator[StockTask]:
     """Yields the single tasks that tasks are or hold."""
     for task in tasks:
         group = _plain_group(task)
         if group is None:
-            yield _handle(task)
+            yield task
         else:
             yield from _singles(group.tasks)
 
@@ -745,7 +785,7 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
     """Names the tasks that are not to run; returns those declared `always=True`."""
     always: list[StockTask] = []
     names: list[str] = []
-    for task in _singles(tasks):
+    for task in map(_handle, _singles(tasks)):
         if task._always:
             always.append(task)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from contextlib import suppress
 from time import time
 from typing import Any, NamedTuple, ParamSpec
 
@@ -12,7 +11,7 @@ import anyio.lowlevel
 from starlette.background import BackgroundTask as StockTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ._supervisor import Job, Observer, Settings, Supervisor, give_up, lock
+from ._supervisor import Job, Observer, Settings, Supervisor, describe, give_up, lock
 from ._tasks import BackgroundTask, TaskState, home
 
 __all__ = ["BackgroundTasksMiddleware", "OutstandingTask", "Status", "add_task"]
@@ -267,9 +266,11 @@ class BackgroundTasksMiddleware:
                 if job is not None and not (self._detach and job.is_supervised):
                     await job.complete()
             finally:
-                # A coroutine that nobody awaits any more is closed in another context.
-                with suppress(ValueError):
+                try:  # noqa: SIM105 - suppress() takes longer than what it guards
                     home.reset(token)
+                except ValueError:
+                    # A coroutine that nobody awaits is closed in another context.
+                    pass
         finally:
             del scope[_KEY]
 
@@ -315,8 +316,7 @@ class BackgroundTasksMiddleware:
                 task.id,
                 TaskState.PENDING if where == "pending" else TaskState.RUNNING,
                 now - job.since,
-                job.method,
-                job.path,
+                *describe(job.request).values(),
             )
             for job in jobs
             for task, where in job.outstanding()
@@ -511,7 +511,11 @@ class _Request:
         """Ends the request; returns the job if there are tasks that are left."""
         with lock:
             self.is_open = False
+        if not self._added and not self._handed_over:
+            return None
         tasks = [*self._handed_over, *self._chosen()]
+        # The contexts of the tasks hold the request, which is not to hold them.
+        self._handed_over.clear()
         return self._give(tasks) if tasks else None
 
     def _chosen(self) -> list[StockTask]:
@@ -532,12 +536,14 @@ class _Request:
 
     def _give(self, tasks: list[StockTask]) -> Job:
         """Adds tasks to the request's job, or makes that of them."""
-        if self._job is None or not self._job.extend(tasks):
+        job = self._job
+        if job is None or not job.extend(tasks):
             supervisor = self.middleware._supervisor()
-            self._job = Job(tasks, self._scope, self.middleware._settings, supervisor)
+            job = Job(tasks, self._scope, self.middleware._settings, supervisor)
+            self._job = job
             if supervisor is not None:
-                supervisor.accept(self._job)
-        return self._job
+                supervisor.accept(job)
+        return job
 
 
 class _Nothing:

@@ -29,6 +29,7 @@ default_role = "code"
 nitpick_ignore_regex = [
     ("py:.*", r"(anyio|collections|contextlib|datetime|starlette|types|typing)\..*"),
     ("py:.*", "|".join(dir(builtins))),
-    ("py:class", r"URL|ContentStream|os\..*"),  # what annotations are short for
+    # What annotations are short for.
+    ("py:class", r"ASGIApp|Observer|URL|ContentStream|os\..*"),
     ("py:class", r"(~|postlude\._\w+\.)?[PRT](\.args|\.kwargs)?"),  # type variables
 ]

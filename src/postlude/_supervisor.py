@@ -23,6 +23,7 @@ from starlette.types import Scope
 
 from ._options import options_of
 from ._tasks import (
+    _FAILED,
     _RUNNING,
     _SUCCEEDED,
     BackgroundTask,
@@ -437,7 +438,8 @@ class Job:
             group._state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
             raise
         if self._stopping and any(
-            task.finished_at is None for task in self._singles(group.tasks)
+            task.state not in (_SUCCEEDED, _FAILED)
+            for task in self._singles(group.tasks)
         ):
             group._state = TaskState.LOST
         elif failures:

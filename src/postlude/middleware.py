@@ -14,7 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ._supervisor import Job, Observer, Settings, Supervisor, describe, give_up, lock
 from ._tasks import BackgroundTask, TaskState, home
 
-__all__ = ["BackgroundTasksMiddleware", "OutstandingTask", "Status", "add_task"]
+__all__ = [
+    "BackgroundTasksMiddleware",
+    "Observer",
+    "OutstandingTask",
+    "Status",
+    "add_task",
+]
 
 P = ParamSpec("P")
 
@@ -101,23 +107,21 @@ class OutstandingTask(NamedTuple):
             )
             assert task._asdict()["path"] == "/orders"
 
-    Attributes:
-        name: What logs call it.
-        id: Its `BackgroundTask.id`.
-        state: `TaskState.PENDING` or `TaskState.RUNNING`.
-        age: How long ago its request handed it over, in seconds.
-        method: The method of its request, or `WEBSOCKET`.
-        path: The path of its request.
-
     .. versionadded:: 0.1.0
     """
 
     name: str
+    """What logs call it."""
     id: str
+    """Its `BackgroundTask.id`."""
     state: TaskState
+    """`TaskState.PENDING` or `TaskState.RUNNING`."""
     age: float
+    """How long ago its request handed it over, in seconds."""
     method: str
+    """The method of its request, or `WEBSOCKET`."""
     path: str
+    """The path of its request."""
 
 
 class Status(NamedTuple):
@@ -131,20 +135,19 @@ class Status(NamedTuple):
             status = Status(1, 0, 1, 4)
             assert status._asdict()["waiting_tasks"] == 4
 
-    Attributes:
-        running_groups: How many requests' tasks are running.
-        waiting_groups: How many requests' tasks wait for those, as `max_running` of
-            them are running.
-        running_tasks: How many tasks are running.
-        waiting_tasks: How many tasks have not been started, in either kind of group.
+    The tasks of one request are one group.
 
     .. versionadded:: 0.1.0
     """
 
     running_groups: int
+    """How many groups are running."""
     waiting_groups: int
+    """How many wait for those, as `max_running` groups are running."""
     running_tasks: int
+    """How many tasks are running."""
     waiting_tasks: int
+    """How many tasks have not been started, in groups of either kind."""
 
 
 class BackgroundTasksMiddleware:

@@ -1,15 +1,27 @@
 """What type checkers must accept, and what they must refuse. Nothing here is run."""
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import assert_type
 
 import starlette.background
 import starlette.responses
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.types import ASGIApp
 
-from postlude import BackgroundTask, BackgroundTasks, TaskState, task
+from postlude import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    TaskState,
+    add_task,
+    task,
+)
+from postlude.middleware import OutstandingTask, Status
 from postlude.responses import JSONResponse, StreamingResponse
 
 
@@ -100,3 +112,30 @@ class Service:
 tasks.add_task(Service.build().send, 1)
 tasks.add_task(Service.close, 1)
 tasks.add_task(Service().send, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+# With the middleware, which any ASGI framework takes.
+@contextmanager
+def observer(task: BackgroundTask) -> Generator[None]:
+    yield
+
+
+async def on_lost(tasks: list[BackgroundTask]) -> None: ...
+
+
+wrapped = BackgroundTasksMiddleware(
+    Starlette(middleware=[Middleware(BackgroundTasksMiddleware, detach=True)]),
+    drain_timeout=None,
+    max_running=None,
+    threads=None,
+    observers=[observer],
+    on_lost=on_lost,
+)
+app: ASGIApp = wrapped
+Starlette().add_middleware(BackgroundTasksMiddleware, drain_timeout=0.5)
+BackgroundTasksMiddleware(app, True)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+assert_type(wrapped.status(), Status)
+assert_type(wrapped.tasks(), list[OutstandingTask])
+assert_type(BackgroundTasksMiddleware.current(), BackgroundTasksMiddleware)
+assert_type(add_task(coroutine, 1), BackgroundTask)
+add_task(sync, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import copy_context
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextvars import Context, copy_context
 from functools import partial
 from inspect import isawaitable
 from threading import Lock
@@ -35,8 +35,8 @@ from ._tasks import (
     _fails,
     _group,
     _in_context,
-    _is_cancellation,
     _is_interrupt,
+    _leaves,
     _log_failures,
     _Trip,
     cut_short,
@@ -100,6 +100,7 @@ class Job:
         "_supervisor",
         "_tasks",
         "_waiters",
+        "context",
         "is_open",
         "native",
         "request",
@@ -120,6 +121,8 @@ class Job:
         # By one of these the job is cancelled: on asyncio, and on Trio.
         self.native: asyncio.Task[Any] | None = None
         self.scope: anyio.CancelScope | None = None
+        # What the job runs in if that is not what it is started in.
+        self.context: Context | None = None
         self._tasks = tasks
         self._settings = settings
         self._supervisor = supervisor
@@ -153,9 +156,13 @@ class Job:
     def extend(self, tasks: list[StockTask]) -> bool:
         """Adds tasks unless the job has ended; returns whether it did."""
         with lock:
-            if self.is_open:
-                self._tasks += tasks
-            return self.is_open
+            if not self.is_open:
+                return False
+            self._tasks += tasks
+        if self._settings.observers:
+            for task in self._singles(tasks):
+                self._accept(task)
+        return True
 
     @property
     def is_supervised(self) -> bool:
@@ -226,9 +233,23 @@ class Job:
             elif strand.task is not None:
                 unfinished.append(f"{strand.task.name!r} (stopped)")
             pending += strand.tasks[strand.reached() :]
+        rest = Job([], self.request, self._settings, None)
         await cut_short(
-            pending, cause, logging.WARNING, unfinished=unfinished, trip=trip
+            pending, cause, logging.WARNING, unfinished=unfinished, here=rest
         )
+        if not rest._tasks:
+            return
+        left: BaseException | None = None
+        with anyio.CancelScope(shield=True):
+            # asyncio's own cancellation reaches behind the shield.
+            try:
+                if trip is not None:
+                    await trip.end()
+            except anyio.get_cancelled_exc_class() as exc:
+                left = exc
+            await rest.complete()
+        if left is not None:
+            raise left
 
     def end(self, *, broken_off: bool = False) -> None:
         """Lets go those who wait for the job, and starts the next one.
@@ -300,15 +321,19 @@ class Job:
         if not self._settings.observers:
             return task.func(*task.args, **task.kwargs)
         self._accept(task)
-        with _observed(task, self._settings.observers):
-            return task.func(*task.args, **task.kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(_observed(task, self._settings.observers))
+            result = task.func(*task.args, **task.kwargs)
+            if isawaitable(result):
+                return _await_in(stack.pop_all(), result)
+            return result
 
     def fails(
         self, task: StockTask, exc: BaseException, failures: list[Failure]
     ) -> bool:
         """Books and logs what a task has raised, unless that is to leave the job."""
         booked: list[Failure] = []
-        if not _fails(task, exc, booked, self._is_cancellation):
+        if not _fails(task, exc, booked, self._leaves):
             return False
         failures += booked
         self.log(booked)
@@ -366,7 +391,7 @@ class Job:
             is_plain = type(task) is BackgroundTask and type(task.func) is FunctionType
             if not is_plain and (group := _plain_group(task)) is not None:
                 strand.position += 1
-                failures += await self._run_group(group)
+                failures += await self._run_group(task, group)
             elif not is_plain and (handle := self._handle(task)) is not task:
                 strand.position += 1
                 failures += await self._run_list([handle])
@@ -411,6 +436,13 @@ class Job:
             task._state = _SUCCEEDED
         task._finished = time()
         strand.task = None
+        native = strand.native or self.native
+        if native is not None and native.cancelling() and not self._is_asked():
+            # The task has cancelled itself, which the next await would tell another.
+            with suppress(anyio.get_cancelled_exc_class()):
+                await anyio.lowlevel.checkpoint()
+            while native.cancelling():
+                native.uncancel()
 
     async def _call(self, task: BackgroundTask) -> None:
         home.set(self)
@@ -425,28 +457,33 @@ class Job:
         with _observed(task, self._settings.observers):
             await call(*task.args, **task.kwargs)
 
-    async def _run_group(self, group: BackgroundTasks | StockTasks) -> list[Failure]:
-        if not isinstance(group, BackgroundTasks):
-            return await self._run_list(group.tasks)
-        group._state = TaskState.RUNNING
+    async def _run_group(
+        self, task: StockTask, group: BackgroundTasks | StockTasks
+    ) -> list[Failure]:
+        """Runs the tasks of a group, which a task is or has for its function."""
+        failures: list[Failure] = []
+        # Both are handles by which a group may be watched.
+        handles = [one for one in {task, group} if isinstance(one, BackgroundTask)]
+        for handle in handles:
+            handle._state = _RUNNING
+            handle._started = time()
+        state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
         try:
-            if group._concurrency == 1:
-                failures = await self._run_list(group.tasks)
-            else:
+            if isinstance(group, BackgroundTasks) and group._concurrency > 1:
                 failures = await self._run_concurrently(group)
-        except BaseException:
-            group._state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
-            raise
-        if self._stopping and any(
-            task.state not in (_SUCCEEDED, _FAILED)
-            for task in self._singles(group.tasks)
-        ):
-            group._state = TaskState.LOST
-        elif failures:
-            group._state = TaskState.FAILED
-            group._exception = _combined(failures)
-        else:
-            group._state = TaskState.SUCCEEDED
+            else:
+                failures = await self._run_list(group.tasks)
+            if not self._stopping or all(
+                single.state in (_SUCCEEDED, _FAILED)
+                for single in self._singles(group.tasks)
+            ):
+                state = _FAILED if failures else _SUCCEEDED
+        finally:
+            for handle in handles:
+                handle._state = state
+                handle._finished = time()
+                if failures:
+                    handle._exception = _combined(failures)
         return failures
 
     async def _run_concurrently(self, group: BackgroundTasks) -> list[Failure]:
@@ -472,26 +509,20 @@ class Job:
         self._leave(strand)
         return failures
 
-    def _is_cancellation(self, exc: BaseException) -> bool:
-        """Whether this is the cancellation that somebody asked for."""
+    def _leaves(self, exc: BaseException) -> bool:
+        """Whether this is no failure of the task that has raised it."""
         if self.native is None:
-            return _is_cancellation(exc)
-        if not _is_cancelled_error(exc):
-            return False
+            return _leaves(exc)
+        return _is_interrupt(exc) or (_is_cancelled_error(exc) and self._is_asked())
+
+    def _is_asked(self) -> bool:
+        """Whether the job is being cancelled, which only its supervisor does."""
         supervisor = self._supervisor
-        if (
+        return (
             self._stopping
             or (supervisor is not None and supervisor.is_cancelled())
             or anyio.current_effective_deadline() == -math.inf
-        ):
-            return True
-        # Nobody else cancels the job: what does has met this task alone.
-        import asyncio  # noqa: PLC0415 - likewise
-
-        current = asyncio.current_task()
-        while current is not None and current.cancelling():
-            current.uncancel()
-        return False
+        )
 
     def _accept(self, task: BackgroundTask) -> None:
         """Tells the observers of a task, once."""
@@ -537,6 +568,8 @@ class Supervisor:
         self._waiting: deque[Job] = deque()
         # Jobs that have ended with tasks left, although they had not been stopped.
         self._broken_off: list[Job] = []
+        # What `on_lost` has not been told yet.
+        self._lost: list[BackgroundTask] = []
         self._idle = anyio.Event()
         self._deadline: float | None = None
         self._closed = False
@@ -583,6 +616,7 @@ class Supervisor:
         elif len(self._running) < self._settings.max_running:
             self._start(job)
         else:
+            job.context = copy_context()
             self._waiting.append(job)
 
     def ended(self, job: Job, *, broken_off: bool) -> None:
@@ -631,16 +665,19 @@ class Supervisor:
 
     def _start(self, job: Job) -> None:
         self._running.add(job)
-        if self._loop is None:
+        if self._loop is not None:
+            # Half the costs of a task in a task group.
+            job.native = self._loop.create_task(job.run(), context=job.context)
+        elif job.context is None:
             self._children.start_soon(self._run_in_scope, job)
         else:
-            # Half the costs of a task in a task group.
-            job.native = self._loop.create_task(job.run())
+            job.context.run(self._children.start_soon, self._run_in_scope, job)
 
     def _lose_now(self) -> None:
-        if lost := self._tell_lost(self._broken_off):
-            self._children.start_soon(self._call_on_lost, lost)
+        self._lost += self._tell_lost(self._broken_off)
         self._broken_off.clear()
+        if self._closed and self._lost:
+            self._children.start_soon(self._call_on_lost)
 
     async def _run_in_scope(self, job: Job) -> None:
         with anyio.CancelScope() as job.scope:
@@ -672,10 +709,10 @@ class Supervisor:
                             break
         finally:
             jobs = dict.fromkeys([*self._broken_off, *running, *waiting])
-            lost = self._tell_lost(jobs)
-        if lost:
-            with anyio.CancelScope(shield=True):
-                await self._call_on_lost(lost)
+            self._broken_off.clear()
+            self._lost += self._tell_lost(jobs)
+        with anyio.CancelScope(shield=True):
+            await self._call_on_lost()
 
     async def _is_idle_within(self, seconds: float) -> bool:
         """Waits for the end of all jobs for so long, and returns whether that came."""
@@ -715,15 +752,16 @@ class Supervisor:
             _tell(self._settings.observers, "lost", task)
         return [task for task, _ in lost]
 
-    async def _call_on_lost(self, lost: list[BackgroundTask]) -> None:
-        if self._settings.on_lost is None:
+    async def _call_on_lost(self) -> None:
+        lost, self._lost = self._lost, []
+        if self._settings.on_lost is None or not lost:
             return
         try:
             result = self._settings.on_lost(lost)
             if isawaitable(result):
                 await result
         except BaseException as exc:
-            if _is_interrupt(exc) or _is_cancellation(exc):
+            if _leaves(exc):
                 raise
             logger.exception("on_lost failed")
 
@@ -750,6 +788,11 @@ def _observed(task: BackgroundTask, observers: tuple[Observer, ...]) -> Generato
                 kind = None if cause is None else type(cause)
                 manager.__exit__(kind, cause, traceback)
         del cause, traceback
+
+
+async def _await_in(stack: ExitStack, awaitable: Awaitable[object]) -> None:
+    with stack:
+        await awaitable
 
 
 @contextmanager
@@ -818,6 +861,19 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
             extra=describe(scope),
         )
     return always
+
+
+def plain(task: BackgroundTask) -> BackgroundTask:
+    """Returns the task without a way of its own to run, for that has been gone already.
+
+    What is set on the one is seen on the other.
+    """
+    if not _overrides_call(task):
+        return task
+    kind = BackgroundTasks if isinstance(task, BackgroundTasks) else BackgroundTask
+    twin = kind.__new__(kind)
+    twin.__dict__ = vars(task)
+    return twin
 
 
 def describe(scope: Scope) -> dict[str, str]:

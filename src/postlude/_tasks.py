@@ -550,7 +550,7 @@ async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short t
                 try:
                     failures += await _run_other(task)
                 except BaseException as exc:
-                    if not _fails(task, exc, failures, _is_cancellation):
+                    if not _fails(task, exc, failures, _leaves):
                         raise
                 now = time()
             elif task.is_async:
@@ -561,9 +561,10 @@ async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short t
                     if task._context is None and not task._always:
                         await task.func(*task.args, **task.kwargs)
                     else:
-                        await _await(_call(task), task._context, shield=task._always)
+                        context = task._context and task._context.copy()
+                        await _await(_call(task), context, shield=task._always)
                 except BaseException as exc:
-                    if not _fails(task, exc, failures, _is_cancellation):
+                    if not _fails(task, exc, failures, _leaves):
                         raise
                 else:
                     task._state = _SUCCEEDED
@@ -816,11 +817,11 @@ class _Trip:
     def _fails(self, task: BackgroundTask, exc: BaseException) -> bool:
         if self._job is not None:
             return self._job.fails(task, exc, self._failures)
-        return _fails(task, exc, self._failures, _is_cancellation)
+        return _fails(task, exc, self._failures, _leaves)
 
     def _fails_in_thread(self, task: BackgroundTask, exc: BaseException) -> bool:
         failures: list[Failure] = []
-        if not _fails(task, exc, failures, _is_cancellation_in_thread):
+        if not _fails(task, exc, failures, _leaves_thread):
             return False
         with self._lock:
             abandoned = self._abandoned
@@ -962,12 +963,12 @@ async def _call(task: BackgroundTask) -> None:
 async def _await(
     awaitable: Awaitable[Any], context: Context | None, *, shield: bool
 ) -> None:
-    """Awaits something in a copy of a context, shielded from cancellation or not."""
+    """Awaits something in a context, shielded from cancellation or not."""
 
     async def steps() -> None:
         await awaitable
 
-    stepped = awaitable if context is None else _in_context(context.copy(), steps())
+    stepped = awaitable if context is None else _in_context(context, steps())
     if shield:
         with anyio.CancelScope(shield=True):
             await stepped
@@ -988,6 +989,9 @@ def _in_context(
         except StopIteration as stop:
             result: T = stop.value
             return result
+        except GeneratorExit as exc:
+            # Not the one by which this is closed, which comes to the yield below.
+            raise RuntimeError("GeneratorExit raised") from exc
         try:
             value = yield yielded
             step = call.send
@@ -1036,28 +1040,32 @@ def _is_cancellation(exc: BaseException) -> bool:
     )
 
 
-def _is_cancellation_in_thread(exc: BaseException) -> bool:
-    """Whether this is the cancellation that somebody asked for; in a worker thread."""
+def _leaves(exc: BaseException) -> bool:
+    """Whether this is no failure of the task that has raised it; on the event loop."""
+    return _is_interrupt(exc) or _is_cancellation(exc)
+
+
+def _leaves_thread(exc: BaseException) -> bool:
+    """Whether this is no failure of the task that has raised it; in a worker thread."""
     try:
         anyio.from_thread.check_cancelled()
     except BaseException as cancellation:
-        return isinstance(exc, type(cancellation))
-    return False
+        if isinstance(exc, type(cancellation)):
+            return True
+    return isinstance(exc, KeyboardInterrupt)
 
 
 def _fails(
     task: StockTask,
     exc: BaseException,
     failures: list[Failure],
-    is_cancellation: Callable[[BaseException], bool],
+    leaves: Callable[[BaseException], bool],
 ) -> bool:
     """Books what a task has raised as its failure, unless that is to leave the run.
 
     The failure gets a note that names the task.
     """
-    if not isinstance(exc, Exception) and any(
-        _is_interrupt(part) or is_cancellation(part) for part in _parts(exc)
-    ):
+    if not isinstance(exc, Exception) and any(map(leaves, _parts(exc))):
         if isinstance(task, BackgroundTask):
             task._state = _CANCELLED
             task._finished = time()

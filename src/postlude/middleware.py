@@ -11,7 +11,16 @@ import anyio.lowlevel
 from starlette.background import BackgroundTask as StockTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ._supervisor import Job, Observer, Settings, Supervisor, describe, give_up, lock
+from ._supervisor import (
+    Job,
+    Observer,
+    Settings,
+    Supervisor,
+    describe,
+    give_up,
+    lock,
+    plain,
+)
 from ._tasks import BackgroundTask, TaskState, home
 
 __all__ = [
@@ -483,6 +492,7 @@ class _Request:
         """Takes over a task once the response has been sent."""
         if not self._sent or not self.is_open:
             return None
+        task = plain(task)
         if self.middleware._detach:
             self._handed_over.append(task)
             return _NOTHING
@@ -531,8 +541,10 @@ class _Request:
             return added
         if self._scope["type"] == "websocket":
             why = "the WebSocket was not accepted"
-        elif self._status:
+        elif self._status >= _ERRORS:
             why = f"the response had status {self._status}"
+        elif self._status:
+            why = "the response was not sent completely"
         else:
             why = "there was no response"
         return give_up(added, why, self._scope)

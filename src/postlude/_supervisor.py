@@ -5,7 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -94,6 +101,7 @@ class Job:
     __slots__ = (
         "_accepted",
         "_handles",
+        "_is_lost",
         "_settings",
         "_stopping",
         "_strands",
@@ -126,8 +134,9 @@ class Job:
         self._tasks = tasks
         self._settings = settings
         self._supervisor = supervisor
-        self._strands: list[_Strand] = [_Strand(tasks)]
+        self._strands: list[_Strand] = [_Strand(tasks, None, ())]
         self._stopping = False
+        self._is_lost = False
         self._waiters: list[Callable[[], None]] = []
         self._handles: dict[int, BackgroundTask] = {}
         self._accepted: set[int] = set()
@@ -268,13 +277,21 @@ class Job:
             self._supervisor.ended(self, broken_off=broken_off)
 
     def lose(self) -> list[tuple[BackgroundTask, str]]:
-        """Gives up what has not ended, and lists it as `outstanding` does."""
+        """Gives up what has not ended, and lists it as `outstanding` does, once."""
+        if self._is_lost:
+            return []
         lost = self.outstanding()
+        self._is_lost = True
         self.is_open = False
         for strand in self._strands:
             _set_state(strand.tasks[strand.reached() :], TaskState.LOST)
+            for handle in strand.handles:
+                handle._state = TaskState.LOST
         for task, _ in lost:
             task._state = TaskState.LOST
+            if self._settings.observers:
+                # It may have been added to a group without the job's knowledge.
+                self._accept(task)
         return lost
 
     def stop(self) -> None:
@@ -291,16 +308,16 @@ class Job:
             elif strand.trip is not None and not strand.trip.awaits:
                 strand.trip.stop()
             elif strand.task is not None or strand.trip is not None:
-                native = strand.native or self.native
-                if native is not None:
-                    native.cancel()
+                self._cancel(strand)
 
     def press(self) -> None:
         """Cancels whatever goes on, once more."""
         for strand in self._strands:
-            native = strand.native or self.native
-            if native is not None:
-                native.cancel()
+            self._cancel(strand)
+
+    def _cancel(self, strand: _Strand) -> None:
+        if (native := strand.native or self.native) is not None:
+            native.cancel()
 
     def outstanding(self) -> list[tuple[BackgroundTask, str]]:
         """Lists the tasks that have not ended, each with where it stands."""
@@ -339,14 +356,24 @@ class Job:
         self.log(booked)
         return True
 
+    def hears(self, trip: _Trip) -> None:
+        """Cancels what a thread has returned to be awaited, if the job is stopped."""
+        if self._stopping:
+            for strand in self._strands:
+                if strand.trip is trip:
+                    self._cancel(strand)
+
     def log(self, failures: list[Failure]) -> None:
         """Logs what has failed."""
         _log_failures(failures, describe(self.request))
 
     async def _run_list(
-        self, tasks: list[StockTask], native: asyncio.Task[Any] | None = None
+        self,
+        tasks: list[StockTask],
+        native: asyncio.Task[Any] | None,
+        handles: list[BackgroundTask],
     ) -> list[Failure]:
-        strand = _Strand(tasks, native)
+        strand = _Strand(tasks, native, handles)
         self._strands.append(strand)
         failures = await self._run_strand(strand)
         self._leave(strand)
@@ -391,10 +418,10 @@ class Job:
             is_plain = type(task) is BackgroundTask and type(task.func) is FunctionType
             if not is_plain and (group := _plain_group(task)) is not None:
                 strand.position += 1
-                failures += await self._run_group(task, group)
+                failures += await self._run_group(strand, task, group)
             elif not is_plain and (handle := self._handle(task)) is not task:
                 strand.position += 1
-                failures += await self._run_list([handle])
+                failures += await self._run_list([handle], strand.native, [])
             elif task.is_async or (not is_plain and _overrides_call(task)):
                 strand.position += 1
                 await self._run_async(strand, task, failures)
@@ -458,7 +485,7 @@ class Job:
             await call(*task.args, **task.kwargs)
 
     async def _run_group(
-        self, task: StockTask, group: BackgroundTasks | StockTasks
+        self, strand: _Strand, task: StockTask, group: BackgroundTasks | StockTasks
     ) -> list[Failure]:
         """Runs the tasks of a group, which a task is or has for its function."""
         failures: list[Failure] = []
@@ -470,9 +497,9 @@ class Job:
         state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
         try:
             if isinstance(group, BackgroundTasks) and group._concurrency > 1:
-                failures = await self._run_concurrently(group)
+                failures = await self._run_concurrently(group, handles)
             else:
-                failures = await self._run_list(group.tasks)
+                failures = await self._run_list(group.tasks, strand.native, handles)
             if not self._stopping or all(
                 single.state in (_SUCCEEDED, _FAILED)
                 for single in self._singles(group.tasks)
@@ -486,8 +513,10 @@ class Job:
                     handle._exception = _combined(failures)
         return failures
 
-    async def _run_concurrently(self, group: BackgroundTasks) -> list[Failure]:
-        strand = _Strand(group.tasks, None)
+    async def _run_concurrently(
+        self, group: BackgroundTasks, handles: list[BackgroundTask]
+    ) -> list[Failure]:
+        strand = _Strand(group.tasks, None, handles)
 
         async def run_one(task: StockTask) -> list[Failure]:
             native = None
@@ -496,7 +525,7 @@ class Job:
 
                 native = asyncio.current_task()
             try:
-                return await self._run_list([task], native)
+                return await self._run_list([task], native, [])
             except anyio.get_cancelled_exc_class():
                 # To be stopped is told to each task by itself, and then the group ends.
                 if anyio.current_effective_deadline() == -math.inf:
@@ -534,14 +563,19 @@ class Job:
 class _Strand:
     """A list of tasks that run one after the other, and how far they have come."""
 
-    __slots__ = ("native", "position", "run", "task", "tasks", "trip")
+    __slots__ = ("handles", "native", "position", "run", "task", "tasks", "trip")
 
     def __init__(
-        self, tasks: list[StockTask], native: asyncio.Task[Any] | None = None
+        self,
+        tasks: list[StockTask],
+        native: asyncio.Task[Any] | None,
+        handles: Sequence[BackgroundTask],
     ) -> None:
         self.tasks = tasks
         # The task of asyncio's that runs it, if that is not the job's own.
         self.native = native
+        # The group whose tasks these are, if they are, by each of its handles.
+        self.handles = handles
         self.position = 0
         # What is under way: a task on the event loop, a trip to a worker thread, or a
         # group whose tasks are on strands of their own, as several run at once.
@@ -568,11 +602,15 @@ class Supervisor:
         self._waiting: deque[Job] = deque()
         # Jobs that have ended with tasks left, although they had not been stopped.
         self._broken_off: list[Job] = []
+        # Jobs that have been stopped, and when they have to have cleaned up.
+        self._stopped: list[Job] = []
+        self._cleanup_end = math.inf
         # What `on_lost` has not been told yet.
         self._lost: list[BackgroundTask] = []
         self._idle = anyio.Event()
         self._deadline: float | None = None
         self._closed = False
+        self._reported = False
 
     async def __aenter__(self) -> Self:
         self._children = anyio.create_task_group()
@@ -595,6 +633,7 @@ class Supervisor:
         try:
             await self._wind_up()
         finally:
+            self._tell_lost()
             await self._children.__aexit__(None, None, None)
 
     def is_here(self) -> bool:
@@ -612,7 +651,8 @@ class Supervisor:
         """Takes a job. Nothing can come in between, as nothing is awaited."""
         if self._closed:
             job.end(broken_off=True)
-            self._lose_now()
+            if self._reported:
+                self._lose_now()
         elif len(self._running) < self._settings.max_running:
             self._start(job)
         else:
@@ -674,8 +714,7 @@ class Supervisor:
             job.context.run(self._children.start_soon, self._run_in_scope, job)
 
     def _lose_now(self) -> None:
-        self._lost += self._tell_lost(self._broken_off)
-        self._broken_off.clear()
+        self._tell_lost()
         if self._closed and self._lost:
             self._children.start_soon(self._call_on_lost)
 
@@ -684,34 +723,32 @@ class Supervisor:
             await job.run()
 
     async def _wind_up(self) -> None:
-        """Stops the jobs that have not ended, and reports what is lost."""
-        if self._closed:
-            return
-        self._closed = True
-        running, waiting = [*self._running], [*self._waiting]
-        self._waiting.clear()
-        try:
-            with anyio.CancelScope(shield=True):
-                for job in waiting:
-                    job.stop()
-                    job.end()
-                for job in running:
-                    job.stop()
-                # A server that cancels is in a hurry, and might not wait for a report.
-                hurries = self.is_cancelled()
-                cleanup = _CLEANUP_SECONDS / 3 if hurries else _CLEANUP_SECONDS
-                if not await self._is_idle_within(cleanup):
-                    pressure = anyio.current_time() + _PRESSURE_SECONDS
-                    while anyio.current_time() < pressure:
-                        for job in self._running:
-                            job.press()
-                        if await self._is_idle_within(0.05):
-                            break
-        finally:
-            jobs = dict.fromkeys([*self._broken_off, *running, *waiting])
-            self._broken_off.clear()
-            self._lost += self._tell_lost(jobs)
+        """Stops the jobs that have not ended, and reports what is lost.
+
+        To cancel it ends the waiting for them; called again, it goes on.
+        """
+        if not self._closed:
+            self._closed = True
+            waiting, self._waiting = self._waiting, deque()
+            self._stopped = [*self._running, *waiting]
+            self._cleanup_end = anyio.current_time() + _CLEANUP_SECONDS
+            for job in self._stopped:
+                job.stop()
+            for job in waiting:
+                job.end()
+        if self.is_cancelled():
+            # A server in a hurry might not wait for the report.
+            end = anyio.current_time() + _CLEANUP_SECONDS / 3
+            self._cleanup_end = min(self._cleanup_end, end)
         with anyio.CancelScope(shield=True):
+            await self._is_idle_within(self._cleanup_end - anyio.current_time())
+            pressure_end = self._cleanup_end + _PRESSURE_SECONDS
+            while self._running and anyio.current_time() < pressure_end:
+                for job in self._running:
+                    job.press()
+                await self._is_idle_within(0.05)
+            self._tell_lost()
+            self._reported = True
             await self._call_on_lost()
 
     async def _is_idle_within(self, seconds: float) -> bool:
@@ -739,8 +776,10 @@ class Supervisor:
         )
         return ", ".join(f"{name!r} ({count})" for name, count in counts.items())
 
-    def _tell_lost(self, jobs: Iterable[Job]) -> list[BackgroundTask]:
-        """Logs what jobs have left undone, tells the observers, and returns it."""
+    def _tell_lost(self) -> None:
+        """Says in the log what jobs have left undone, and to the observers."""
+        jobs = dict.fromkeys([*self._broken_off, *self._stopped])
+        self._broken_off, self._stopped = [], []
         lost = [entry for job in jobs for entry in job.lose()]
         if lost:
             logger.error(
@@ -750,7 +789,7 @@ class Supervisor:
             )
         for task, _ in lost:
             _tell(self._settings.observers, "lost", task)
-        return [task for task, _ in lost]
+            self._lost.append(task)
 
     async def _call_on_lost(self) -> None:
         lost, self._lost = self._lost, []

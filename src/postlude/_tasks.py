@@ -631,6 +631,9 @@ class Job(Protocol):
         """Books and logs what a task has raised on the event loop, as `_fails` does."""
         ...
 
+    def hears(self, trip: _Trip) -> None:
+        """Hears that the thread has returned what is to be awaited."""
+
     def log(self, failures: list[Failure]) -> None:
         """Logs what has failed in a thread."""
 
@@ -700,6 +703,8 @@ class _Trip:
             task, (awaitable, context) = self._task, self._awaitable
             self._awaitable = None
             self.awaits = True
+            if self._job is not None:
+                self._job.hears(self)
             try:
                 await _await(awaitable, context, shield=task._always)
             except BaseException as exc:

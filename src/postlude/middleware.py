@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from time import time
+from time import monotonic
 from typing import Any, NamedTuple, ParamSpec
 
 import anyio.lowlevel
@@ -215,7 +215,7 @@ class BackgroundTasksMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Callable[..., Awaitable[Any]],
         *,
         detach: bool = False,
         drain_timeout: float | None = 20,
@@ -239,7 +239,7 @@ class BackgroundTasksMiddleware:
             raise TypeError(
                 f"on_lost must be callable with a list of tasks, not {on_lost!r}"
             )
-        self.app = app
+        self.app: ASGIApp = app
         self._detach = detach
         self._settings = Settings(
             drain_timeout=_limit("drain_timeout", drain_timeout, 0),
@@ -321,7 +321,7 @@ class BackgroundTasksMiddleware:
         jobs = [*self._settings.unsupervised.copy()]
         for supervisor in self._supervisors.copy():
             jobs += supervisor.jobs()
-        now = time()
+        now = monotonic()
         return [
             OutstandingTask(
                 task.name,

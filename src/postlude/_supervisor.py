@@ -313,10 +313,12 @@ class Job:
     def press(self) -> None:
         """Cancels whatever goes on, once more."""
         for strand in self._strands:
-            self._cancel(strand)
+            self._cancel(strand, again=True)
 
-    def _cancel(self, strand: _Strand) -> None:
-        if (native := strand.native or self.native) is not None:
+    def _cancel(self, strand: _Strand, *, again: bool = False) -> None:
+        native = strand.native or self.native
+        # When its event loop ends, asyncio has done so already.
+        if native is not None and (again or not native.cancelling()):
             native.cancel()
 
     def outstanding(self) -> list[tuple[BackgroundTask, str]]:
@@ -436,6 +438,7 @@ class Job:
                     raise
                 strand.position = trip.position
                 strand.trip = None
+                await self._forgive(strand)
         return failures
 
     def _is_over(self, strand: _Strand) -> bool:
@@ -463,9 +466,13 @@ class Job:
             task._state = _SUCCEEDED
         task._finished = time()
         strand.task = None
+        await self._forgive(strand)
+
+    async def _forgive(self, strand: _Strand) -> None:
+        """Keeps the cancellation of a task by itself from those after it."""
         native = strand.native or self.native
         if native is not None and native.cancelling() and not self._is_asked():
-            # The task has cancelled itself, which the next await would tell another.
+            # The next await would raise it.
             with suppress(anyio.get_cancelled_exc_class()):
                 await anyio.lowlevel.checkpoint()
             while native.cancelling():
@@ -886,11 +893,12 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
     """Names the tasks that are not to run; returns those declared `always=True`."""
     always: list[StockTask] = []
     names: list[str] = []
+    _set_state(tasks, TaskState.CANCELLED)
     for task in map(_handle, _singles(tasks)):
         if task._always:
+            task._state = TaskState.PENDING
             always.append(task)
         else:
-            task._state = TaskState.CANCELLED
             names.append(repr(task.name))
     if names:
         logger.info(
@@ -924,9 +932,11 @@ def describe(scope: Scope) -> dict[str, str]:
 def _set_state(tasks: Iterable[StockTask], state: TaskState) -> None:
     """Sets the state of tasks, groups, and what they hold."""
     for task in tasks:
-        if isinstance(task, BackgroundTask):
-            task._state = state
-        if (group := _plain_group(task)) is not None:
+        group = _plain_group(task)
+        for handle in task, group:
+            if isinstance(handle, BackgroundTask):
+                handle._state = state
+        if group is not None:
             _set_state(group.tasks, state)
 
 

@@ -228,6 +228,8 @@ class BackgroundTasksMiddleware:
             raise TypeError(f"app must be an ASGI application, not {app!r}")
         if not isinstance(detach, bool):
             raise TypeError(f"detach must be True or False, not {detach!r}")
+        if not isinstance(observers, Iterable):
+            raise TypeError(f"observers must be a list of callables, not {observers!r}")
         observers = tuple(observers)
         for observer in observers:
             if not callable(observer):

@@ -851,6 +851,7 @@ class _ConcurrentRun:
         self.failures: list[Failure] = []
         self._group = group
         self._run_one = run_one
+        self._called = 0
         self._running = 0
         self._stopped = False
         self._wakeup = anyio.Event()
@@ -865,12 +866,12 @@ class _ConcurrentRun:
                 while True:
                     while (
                         self._running < group._concurrency
-                        and self.position < len(tasks)
+                        and self._called < len(tasks)
                         and not self._stopped
                     ):
-                        children.start_soon(self._run, tasks[self.position])
+                        children.start_soon(self._run)
+                        self._called += 1
                         self._running += 1
-                        self.position += 1
                     if not self._running:
                         break
                     await self._wakeup.wait()
@@ -879,7 +880,10 @@ class _ConcurrentRun:
             group._runs = tuple(other for other in group._runs if other is not self)
         return self.failures
 
-    async def _run(self, task: StockTask) -> None:
+    async def _run(self) -> None:
+        # asyncio may cancel a child before it gets here.
+        task = self._group.tasks[self.position]
+        self.position += 1
         self.failures += await self._run_one(task)
         self._running -= 1
         self._wakeup.set()

@@ -24,6 +24,9 @@ nox.options.sessions = [
 # On CI too: whichever of the supported Pythons are there.
 nox.options.error_on_missing_interpreters = False
 
+# As many processes as there are cores; each takes what is left over.
+PARALLEL = ("--numprocesses=auto", "--dist=worksteal")
+
 # pyenv's shims refuse every version that is installed but not activated.
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 os.environ["PATH"] += "".join(
@@ -64,7 +67,9 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on each Python that is installed; arguments go to pytest."""
     session.install(".", *group("tests"))
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *PARALLEL, *session.posargs)
+    session.run("coverage", "combine", "--quiet")
     # A part of the tests covers a part of the code.
     session.run("coverage", "report", *["--fail-under=0"] * bool(session.posargs))
 
@@ -75,7 +80,8 @@ def lowest(session: nox.Session) -> None:
     requirements = [*PYPROJECT["project"]["dependencies"], *group("tests")]
     session.install(".", *map(pin, requirements))
     # Old dependencies may use what a new Python deprecates.
-    session.run("python", "-m", "pytest", "-W", "default", *session.posargs)
+    command = ["python", "-m", "pytest", "-W", "default", *PARALLEL]
+    session.run(*command, *session.posargs)
 
 
 @nox.session

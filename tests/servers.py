@@ -1,18 +1,44 @@
 """Servers in processes of their own, for what only a real server shows."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+HERE = Path(__file__).parent
+
+UVICORN = ["uvicorn", "{app}", "--port={port}", f"--app-dir={HERE}"]
+HYPERCORN = ["hypercorn", f"{HERE}/{{app}}", "--bind=127.0.0.1:{port}"]
+GRANIAN = [
+    *["granian", "{app}", "--interface=asgi", f"--working-dir={HERE}"],
+    *["--host=127.0.0.1", "--port={port}"],
+]
+GUNICORN = [
+    *["gunicorn", "{app}", f"--chdir={HERE}", "--bind=127.0.0.1:{port}"],
+    "--no-control-socket",
+]
+
+# How to serve an application of a module beside this one.
+COMMANDS = {
+    "uvicorn": UVICORN,
+    "uvicorn h11": [*UVICORN, "--http=h11", "--loop=asyncio"],
+    "hypercorn": HYPERCORN,
+    "hypercorn uvloop": [*HYPERCORN, "--worker-class=uvloop"],
+    "hypercorn trio": [*HYPERCORN, "--worker-class=trio"],
+    "granian": GRANIAN,
+    "gunicorn": [*GUNICORN, "--worker-class=asgi"],
+    "gunicorn uvicorn": [*GUNICORN, "--worker-class=uvicorn_worker.UvicornWorker"],
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +69,14 @@ class Server:
         """Opens a plain connection to it."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
-    def stop(self, by: signal.Signals = signal.SIGTERM) -> int:
+    def stop(self, by: signal.Signals = signal.SIGTERM, *, seconds: float = 10) -> int:
         """Sends it a signal, waits for its end and returns its exit code."""
         self.process.send_signal(by)
-        return self.process.wait(timeout=10)
+        return self.process.wait(timeout=seconds)
+
+    def signal_all(self, by: signal.Signals) -> None:
+        """Sends a signal to all its processes, as Ctrl+C does and systemd."""
+        os.killpg(self.process.pid, by)
 
     def is_up(self) -> bool:
         """Whether it accepts connections; fails if it has ended instead."""
@@ -66,13 +96,19 @@ def start(
     """Starts a server and waits until it accepts connections.
 
     The server is told its port by the variable `PORT`, and by its command, in which
-    `{port}` stands for it. If it still runs in the end, it is killed.
+    `{port}` stands for it. What still runs of it in the end is killed.
 
     Args:
         command: What to run.
         log: Where to write what it prints and logs.
         environment: Variables to set for it beside those of this process.
     """
+    # To measure coverage there would slow it down, and make its time limits others.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("COVERAGE_")
+    }
     with socket.socket() as reservation, log.open("wb") as output:
         # As long as this socket is bound nobody else is given the port, and a server,
         # which sets the same option, may still listen there.
@@ -83,11 +119,13 @@ def start(
             reservation.close()
         process = subprocess.Popen(
             [part.replace("{port}", str(port)) for part in command],
-            env=os.environ
+            env=inherited
             | {"PORT": str(port), "PYTHONUNBUFFERED": "1"}
             | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
+            # By it all processes of the server can be reached.
+            start_new_session=True,
         )
         with process:
             try:
@@ -95,7 +133,39 @@ def start(
                 wait_until(server.is_up)
                 yield server
             finally:
-                process.kill()
+                if sys.platform == "win32":
+                    process.kill()
+                else:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(process.pid, signal.SIGKILL)
+
+
+def serve(
+    server: str,
+    directory: Path,
+    *,
+    app: str = "served:owned",
+    **environment: str,
+) -> AbstractContextManager[Server]:
+    """Starts one of the servers that `COMMANDS` lists.
+
+    Args:
+        server: Which one, and options for it, if any.
+        directory: Where its log goes; what is held there, waits for a file `release`.
+        app: What it serves.
+        **environment: Variables to set for it.
+    """
+    return start(
+        [sys.executable, "-m", *command_of(server, app)],
+        log=directory / "log",
+        environment={"RELEASE": str(directory / "release"), **environment},
+    )
+
+
+def command_of(server: str, app: str) -> list[str]:
+    """Returns what to run; in it `{port}` stands for the port."""
+    name, *options = re.split(" (?=--)", server)
+    return [*(part.replace("{app}", app) for part in COMMANDS[name]), *options]
 
 
 def wait_until(condition: Callable[[], T], *, seconds: float = 10) -> T:

@@ -1,5 +1,6 @@
 """The benchmarks run; what they measure is no matter of passing or failing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -36,3 +37,43 @@ def test_a_quick_benchmark_prints_a_row_for_each_measure() -> None:
         assert f"| A waiting task, {label}, bytes | " in table
     assert "| `import postlude` over `import starlette.background`, ms | " in table
     assert "loads none of FastAPI, Pydantic and OpenTelemetry" in table
+
+
+def test_the_load_is_measured_for_each_row_of_requests() -> None:
+    printed = subprocess.run(
+        [sys.executable, BENCHMARKS / "load.py", "asyncio", "1", "0.01"],
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+    ).stdout
+
+    assert [*json.loads(printed)] == [
+        "middleware 0",
+        "postlude 1-async",
+        "responses 1-async",
+        "middleware 1-async",
+        "detached 1-async",
+        "postlude 1-sync",
+        "responses 1-sync",
+        "postlude 10-sync",
+        "responses 10-sync",
+        "middleware 10-sync",
+        "detached 10-sync",
+    ]
+
+
+def test_a_short_soak_tells_that_all_tasks_have_run_in_both_modes() -> None:
+    # So few requests say nothing of the memory, for which it may fail.
+    printed = subprocess.run(
+        [sys.executable, BENCHMARKS / "soak.py", "--requests=600", "--loop=asyncio"],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONUTF8": "1"},
+    ).stdout
+
+    for mode in "detach=False", "detach=True":
+        assert f"asyncio, {mode}: 600 requests, " in printed
+    assert printed.count("✓ 3,000 of 3,000 tasks ran exactly once\n") == 2
+    assert printed.count("✓ 600 of 600 failures were logged\n") == 2
+    assert printed.count("✓ no other error was logged\n") == 2

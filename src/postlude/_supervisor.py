@@ -326,6 +326,17 @@ class Job:
         strands = reversed(self._strands.copy())
         return [entry for strand in strands for entry in self._left_of(strand)]
 
+    def count(self) -> tuple[int, int]:
+        """Returns how many tasks are running, and how many have not been started."""
+        running = waiting = 0
+        for strand in self._strands.copy():
+            under_way = (
+                strand.task if strand.trip is None else strand.trip.under_way()[0]
+            )
+            running += under_way is not None
+            waiting += _count(strand.tasks, strand.reached())
+        return running, waiting
+
     def threads(self) -> anyio.CapacityLimiter:
         """Returns the limit of threads for the tasks of this event loop."""
         limiter = self._settings.limiter.get(None)
@@ -383,7 +394,7 @@ class Job:
 
     def _leave(self, strand: _Strand) -> None:
         # One that has been stopped stays, to tell what is left of it.
-        if not any(self._left_of(strand)):
+        if strand.is_done() or not any(self._left_of(strand)):
             self._strands.remove(strand)
 
     def _left_of(self, strand: _Strand) -> Iterator[tuple[BackgroundTask, str]]:
@@ -497,11 +508,13 @@ class Job:
         """Runs the tasks of a group, which a task is or has for its function."""
         failures: list[Failure] = []
         # Both are handles by which a group may be watched.
-        handles = [one for one in {task, group} if isinstance(one, BackgroundTask)]
+        both = (group,) if task is group else (task, group)
+        handles = [one for one in both if isinstance(one, BackgroundTask)]
+        now = time()
         for handle in handles:
             handle._state = _RUNNING
-            handle._started = time()
-        state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
+            handle._started = now
+        state = None
         try:
             if isinstance(group, BackgroundTasks) and group._concurrency > 1:
                 failures = await self._run_concurrently(group, handles)
@@ -513,9 +526,12 @@ class Job:
             ):
                 state = _FAILED if failures else _SUCCEEDED
         finally:
+            if state is None:
+                state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
+            now = time()
             for handle in handles:
                 handle._state = state
-                handle._finished = time()
+                handle._finished = now
                 if failures:
                     handle._exception = _combined(failures)
         return failures
@@ -589,6 +605,12 @@ class _Strand:
         self.task: BackgroundTask | None = None
         self.trip: _Trip | None = None
         self.run: _ConcurrentRun | None = None
+
+    def is_done(self) -> bool:
+        """Whether nothing is under way, nor left."""
+        return self.task is self.trip is self.run is None and self.position >= len(
+            self.tasks
+        )
 
     def reached(self) -> int:
         """Returns the position of the first task that has not been started."""
@@ -887,6 +909,16 @@ def _singles(tasks: Iterable[StockTask]) -> Iterator[StockTask]:
             yield task
         else:
             yield from _singles(group.tasks)
+
+
+def _count(tasks: list[StockTask], start: int = 0) -> int:
+    """Counts the single tasks that tasks are or hold, from a position on."""
+    count = len(tasks) - start
+    for task in tasks[start:]:
+        if type(task) is not BackgroundTask or type(task.func) is not FunctionType:
+            group = _plain_group(task)
+            count += 0 if group is None else _count(group.tasks) - 1
+    return count
 
 
 def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:

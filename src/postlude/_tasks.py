@@ -246,9 +246,12 @@ class BackgroundTask(StockTask):
     @property
     def id(self) -> str:
         """A random UUID, made when it is first asked for."""
-        import uuid  # noqa: PLC0415 - whoever asks for no id is spared it
+        if "_id" not in vars(self):
+            import uuid  # noqa: PLC0415 - whoever asks for no id is spared it
 
-        made: str = self.__dict__.setdefault("_id", str(uuid.uuid4()))
+            # Another thread may have been asked for it meanwhile.
+            vars(self).setdefault("_id", str(uuid.uuid4()))
+        made: str = vars(self)["_id"]
         return made
 
     @property
@@ -924,9 +927,13 @@ def _checked(task: StockTask | Callable[[], Awaitable[Any]]) -> StockTask:
     return checked
 
 
+# A tuple, as it takes longer to make a union than to look a task up in it.
+_GROUPS = BackgroundTasks, StockTasks
+
+
 def _group(task: object) -> BackgroundTasks | StockTasks | None:
     """Returns the group that a task is, or that it runs as its function."""
-    if isinstance(task, BackgroundTasks | StockTasks):
+    if isinstance(task, _GROUPS):
         return task
     func = getattr(task, "func", None)
     return func if isinstance(func, BackgroundTasks) else None

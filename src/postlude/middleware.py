@@ -263,30 +263,31 @@ class BackgroundTasksMiddleware:
             await self.app(scope, receive, send)
             return
         scope[_KEY] = self
-        try:
-            if kind == "lifespan":
-                await self._live(scope, receive, send)
-                return
-            request = _Request(self, scope, send)
-            token = home.set(request)
+        if kind == "lifespan":
             try:
-                await self.app(scope, receive, request.send)
-            except BaseException as exc:
-                if (job := request.close()) is not None:
-                    await job.leave(exc)
-                raise
-            else:
-                job = request.close()
-                if job is not None and not (self._detach and job.is_supervised):
-                    await job.complete()
+                await self._live(scope, receive, send)
             finally:
-                try:  # noqa: SIM105 - suppress() takes longer than what it guards
-                    home.reset(token)
-                except ValueError:
-                    # A coroutine that nobody awaits is closed in another context.
-                    pass
+                del scope[_KEY]
+            return
+        request = _Request(self, scope, send)
+        token = home.set(request)
+        try:
+            await self.app(scope, receive, request.send)
+        except BaseException as exc:
+            if (job := request.close()) is not None:
+                await job.leave(exc)
+            raise
+        else:
+            job = request.close()
+            if job is not None and not (self._detach and job.is_supervised):
+                await job.complete()
         finally:
             del scope[_KEY]
+            try:  # noqa: SIM105 - suppress() takes longer than what it guards
+                home.reset(token)
+            except ValueError:
+                # A coroutine that nobody awaits is closed in another context.
+                pass
 
     @staticmethod
     def current() -> BackgroundTasksMiddleware:
@@ -309,20 +310,16 @@ class BackgroundTasksMiddleware:
     def status(self) -> Status:
         """Tells how many groups and tasks are running and waiting."""
         groups = [supervisor.groups() for supervisor in self._supervisors.copy()]
-        tasks = self.tasks()
-        running = sum(task.state is TaskState.RUNNING for task in tasks)
+        counts = [job.count() for job in self._jobs()]
         return Status(
             sum(running for running, _ in groups) + len(self._settings.unsupervised),
             sum(waiting for _, waiting in groups),
-            running,
-            len(tasks) - running,
+            sum(running for running, _ in counts),
+            sum(waiting for _, waiting in counts),
         )
 
     def tasks(self) -> list[OutstandingTask]:
         """Lists the tasks that are running or waiting, request by request."""
-        jobs = [*self._settings.unsupervised.copy()]
-        for supervisor in self._supervisors.copy():
-            jobs += supervisor.jobs()
         now = monotonic()
         return [
             OutstandingTask(
@@ -332,9 +329,15 @@ class BackgroundTasksMiddleware:
                 now - job.since,
                 *describe(job.request).values(),
             )
-            for job in jobs
+            for job in self._jobs()
             for task, where in job.outstanding()
         ]
+
+    def _jobs(self) -> list[Job]:
+        jobs = [*self._settings.unsupervised.copy()]
+        for supervisor in self._supervisors.copy():
+            jobs += supervisor.jobs()
+        return jobs
 
     def _supervisor(self) -> Supervisor | None:
         """Returns the one of the running event loop."""
@@ -516,7 +519,10 @@ class _Request:
         with lock:
             if self.is_open:
                 self._added.append(task)
-                return
+                # A request is closed without the lock: it may have been meanwhile.
+                if self.is_open:
+                    return
+                self._added.pop()
         if self._job is None or not self._job.extend([task]):
             raise RuntimeError(
                 "the request has ended, and so have its tasks: no more can be added"
@@ -524,8 +530,7 @@ class _Request:
 
     def close(self) -> Job | None:
         """Ends the request; returns the job if there are tasks that are left."""
-        with lock:
-            self.is_open = False
+        self.is_open = False
         if not self._added and not self._handed_over:
             return None
         tasks = [*self._handed_over, *self._chosen()]

@@ -20,8 +20,14 @@ from typing import cast
 CONNECTIONS = 12
 # Two processes of the same program differ by some percent for all their life.
 LAUNCHES = 4
-SERVERS = ["stock", "postlude", "responses"]
-PATHS = ["1-async", "1-sync", "10-sync"]
+# What each path is compared on, Starlette's own first.
+PATHS = {
+    "0": ["stock", "middleware"],
+    "1-async": ["stock", "postlude", "responses", "middleware", "detached"],
+    "1-sync": ["stock", "postlude", "responses"],
+    "10-sync": ["stock", "postlude", "responses", "middleware", "detached"],
+}
+SERVERS = list(dict.fromkeys(whose for servers in PATHS.values() for whose in servers))
 
 
 class Connection(asyncio.Protocol):
@@ -87,7 +93,7 @@ async def rate(connections: list[Connection], path: str, seconds: float) -> floa
 
 async def main(loop: str, rounds: int, seconds: float) -> None:
     rates: dict[tuple[str, str], list[float]] = {
-        (whose, path): [] for whose in SERVERS for path in PATHS
+        (whose, path): [] for path, servers in PATHS.items() for whose in servers
     }
     launches = min(LAUNCHES, rounds)
     for _ in range(launches):
@@ -97,17 +103,17 @@ async def main(loop: str, rounds: int, seconds: float) -> None:
                 whose: [await connect(port) for _ in range(CONNECTIONS)]
                 for whose, port in zip(SERVERS, ports, strict=True)
             }
-            for path in PATHS:
+            for path, servers in PATHS.items():
                 for number in range(rounds // launches + 1):
-                    for whose in SERVERS[:: -1 if number % 2 else 1]:
+                    for whose in servers[:: -1 if number % 2 else 1]:
                         result = await rate(connections[whose], path, seconds)
                         if number:  # the first round warms up
                             rates[whose, path].append(result)
 
     results: dict[str, dict[str, float]] = {}
-    for path in PATHS:
+    for path, servers in PATHS.items():
         stock = rates["stock", path]
-        for whose in SERVERS[1:]:
+        for whose in servers[1:]:
             ours = rates[whose, path]
             results[f"{whose} {path}"] = {
                 "stock": median(stock),

@@ -1,7 +1,8 @@
 """Serves responses with tasks that do nothing, on uvicorn with httptools.
 
-Arguments: `asyncio` or `uvloop`, and whose tasks: `stock`, `postlude`, or `responses`
-for those of `postlude.responses`. Prints its port once it accepts connections.
+Arguments: `asyncio` or `uvloop`, and whose tasks: `stock`, `postlude`, `responses` for
+those of `postlude.responses`, `middleware` for postlude's in its middleware, `detached`
+for the same with `detach=True`. Prints its port once it accepts connections.
 """
 
 import asyncio
@@ -15,9 +16,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 import postlude
 import postlude.responses
+
+# What is served in the middleware, and how.
+DETACH = {"middleware": False, "detached": True}
 
 
 async def do_nothing() -> None: ...
@@ -39,10 +44,11 @@ def endpoint(
 
         return respond_by_method
 
-    kind = {
-        "stock": starlette.background.BackgroundTasks,
-        "postlude": postlude.BackgroundTasks,
-    }[whose]
+    kind = (
+        starlette.background.BackgroundTasks
+        if whose == "stock"
+        else postlude.BackgroundTasks
+    )
 
     async def respond(_: Request) -> Response:
         tasks = kind()
@@ -53,22 +59,38 @@ def endpoint(
     return respond
 
 
+async def respond_without_tasks(_: Request) -> Response:
+    return PlainTextResponse("done")
+
+
+def groups() -> int:
+    """Counts the groups that have not ended, as far as the middleware knows them."""
+    if whose not in DETACH:
+        return 0
+    status = postlude.BackgroundTasksMiddleware.current().status()
+    return status.running_groups + status.waiting_groups
+
+
 async def drain(_: Request) -> Response:
     """Answers when no other request has tasks left to run."""
-    while len(server.server_state.tasks) > 1:  # noqa: ASYNC110 - uvicorn tells nobody
+    # Neither uvicorn nor the middleware tells of the end.
+    while len(server.server_state.tasks) > 1 or groups():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     return PlainTextResponse("done")
 
 
 loop, whose = sys.argv[1:]
-app = Starlette(
+app: ASGIApp = Starlette(
     routes=[
+        Route("/0", respond_without_tasks),
         Route("/1-async", endpoint(whose, do_nothing, 1)),
         Route("/1-sync", endpoint(whose, do_nothing_sync, 1)),
         Route("/10-sync", endpoint(whose, do_nothing_sync, 10)),
         Route("/drain", drain),
     ]
 )
+if whose in DETACH:
+    app = postlude.BackgroundTasksMiddleware(app, detach=DETACH[whose])
 server = uvicorn.Server(
     uvicorn.Config(
         app,

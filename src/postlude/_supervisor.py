@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -20,13 +21,14 @@ from inspect import isawaitable
 from threading import Lock
 from time import monotonic, time
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
 from starlette.background import BackgroundTask as StockTask
 from starlette.background import BackgroundTasks as StockTasks
 from starlette.types import Scope
+from typing_extensions import override
 
 from ._options import options_of
 from ._tasks import (
@@ -583,6 +585,65 @@ class Job:
             _tell(self._settings.observers, "accepted", task)
 
 
+class _Begun(Coroutine[Any, Any, None]):
+    """A coroutine that takes its first step before its task does.
+
+    As `eager_start` does, which Python has from 3.12 on.
+    """
+
+    def __init__(self, steps: Coroutine[Any, Any, None]) -> None:
+        self._steps = steps
+        self._has_ended = False
+        # What the first step has yielded, until the task has heard of it.
+        self._yielded: list[Any] = []
+
+    def begin(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+        """Takes the first step as the task."""
+        from asyncio.tasks import (  # noqa: PLC0415 - likewise
+            _enter_task,
+            _leave_task,
+            current_task,
+        )
+
+        outer = current_task(loop)
+        _leave_task(loop, cast("asyncio.Task[Any]", outer))
+        _enter_task(loop, task)
+        try:
+            self._yielded.append(self._steps.send(None))
+        except BaseException as exc:
+            self._has_ended = True
+            if not isinstance(exc, StopIteration):
+                raise
+        finally:
+            _leave_task(loop, task)
+            _enter_task(loop, cast("asyncio.Task[Any]", outer))
+
+    @override
+    def send(self, value: Any) -> Any:
+        if self._has_ended:
+            raise StopIteration
+        return self._yielded.pop() if self._yielded else self._steps.send(value)
+
+    @override
+    def throw(self, *exc: Any) -> Any:
+        if self._has_ended:
+            raise StopIteration
+        if self._yielded:
+            # Cancelled before the task waits for it: then it is to be cancelled, too.
+            yielded = self._yielded.pop()
+            if yielded is not None and yielded.cancel():
+                return yielded
+        return self._steps.throw(*exc)
+
+    @override
+    def close(self) -> None:
+        self._steps.close()
+
+    @override
+    def __await__(self) -> Generator[Any, None, None]:
+        raise TypeError("only a task can go on with it")
+
+
 class _Strand:
     """A list of tasks that run one after the other, and how far they have come."""
 
@@ -608,9 +669,8 @@ class _Strand:
 
     def is_done(self) -> bool:
         """Whether nothing is under way, nor left."""
-        return self.task is self.trip is self.run is None and self.position >= len(
-            self.tasks
-        )
+        under_way = self.task or self.trip or self.run
+        return under_way is None and self.position >= len(self.tasks)
 
     def reached(self) -> int:
         """Returns the position of the first task that has not been started."""
@@ -676,14 +736,20 @@ class Supervisor:
         """Whether the server is cancelling everything, and so the lifespan as well."""
         return self._host is not None and self._host.cancelling() > 0
 
-    def accept(self, job: Job) -> None:
-        """Takes a job. Nothing can come in between, as nothing is awaited."""
+    def accept(self, job: Job, *, at_once: bool = False) -> None:
+        """Takes a job. Nothing can come in between, as nothing is awaited.
+
+        Args:
+            job: What to run.
+            at_once: Whether its caller is going to wait for it. Then it takes its first
+                step now, and if that is the last, both are spared the event loop.
+        """
         if self._closed:
             job.end(broken_off=True)
             if self._reported:
                 self._lose_now()
         elif len(self._running) < self._settings.max_running:
-            self._start(job)
+            self._start(job, at_once=at_once)
         else:
             job.context = copy_context()
             self._waiting.append(job)
@@ -732,11 +798,16 @@ class Supervisor:
         """Lists the jobs that have not ended; from any thread."""
         return [*self._running.copy(), *self._waiting.copy()]
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job, *, at_once: bool = False) -> None:
         self._running.add(job)
         if self._loop is not None:
             # Half the costs of a task in a task group.
-            job.native = self._loop.create_task(job.run(), context=job.context)
+            if at_once:
+                steps, context = _Begun(job.run()), copy_context()
+                job.native = self._loop.create_task(steps, context=context)
+                context.run(steps.begin, self._loop, job.native)
+            else:
+                job.native = self._loop.create_task(job.run(), context=job.context)
         elif job.context is None:
             self._children.start_soon(self._run_in_scope, job)
         else:

@@ -564,7 +564,7 @@ class _Request:
             job = Job(tasks, self._scope, self.middleware._settings, supervisor)
             self._job = job
             if supervisor is not None:
-                supervisor.accept(job)
+                supervisor.accept(job, at_once=not self.middleware._detach)
         return job
 
 

@@ -6,7 +6,6 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import (
-    Awaitable,
     Callable,
     Coroutine,
     Generator,
@@ -39,6 +38,7 @@ from ._tasks import (
     BackgroundTasks,
     Failure,
     TaskState,
+    Watched,
     _combined,
     _ConcurrentRun,
     _fails,
@@ -357,7 +357,7 @@ class Job:
             stack.enter_context(_observed(task, self._settings.observers))
             result = task.func(*task.args, **task.kwargs)
             if isawaitable(result):
-                return _await_in(stack.pop_all(), result)
+                return Watched(stack.pop_all(), result)
             return result
 
     def fails(
@@ -927,11 +927,6 @@ def _observed(task: BackgroundTask, observers: tuple[Observer, ...]) -> Generato
                 kind = None if cause is None else type(cause)
                 manager.__exit__(kind, cause, traceback)
         del cause, traceback
-
-
-async def _await_in(stack: ExitStack, awaitable: Awaitable[object]) -> None:
-    with stack:
-        await awaitable
 
 
 @contextmanager

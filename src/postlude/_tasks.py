@@ -16,7 +16,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import Context, ContextVar, copy_context
 from datetime import UTC, datetime
 from threading import Lock, get_ident, main_thread
@@ -817,8 +817,8 @@ class _Trip:
         if abandoned:
             _close(task, result)
             logger.warning(
-                "background task %r cut short: its request was cancelled before what "
-                "it returned could be awaited",
+                "background task %r cut short: it was cancelled before what it "
+                "returned could be awaited",
                 _name(task),
             )
 
@@ -1127,11 +1127,30 @@ def _log_failures(
         logger.error(message, _name(task), exc_info=failure, extra=extra)
 
 
+class Watched:
+    """What a sync task has returned to be awaited, with the observers around it."""
+
+    def __init__(self, stack: ExitStack, result: Awaitable[object]) -> None:
+        self._stack = stack
+        self._result = result
+
+    def __await__(self) -> Generator[Any, None, None]:
+        with self._stack:
+            yield from self._result.__await__()
+
+    def close(self) -> None:
+        """Gives up what has not been awaited."""
+        with self._stack:
+            if inspect.iscoroutine(self._result):
+                self._result.close()
+
+
 def _close(task: BackgroundTask, result: Awaitable[Any]) -> None:
     """Gives up what a sync task has returned, as nobody is left to await it."""
-    task._state = _CANCELLED
+    if task._state is _RUNNING:
+        task._state = _CANCELLED
     task._finished = time()
-    if inspect.iscoroutine(result):
+    if inspect.iscoroutine(result) or isinstance(result, Watched):
         result.close()
 
 

@@ -20,7 +20,7 @@ from inspect import isawaitable
 from threading import Lock
 from time import monotonic, time
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -594,45 +594,48 @@ class _Begun(Coroutine[Any, Any, None]):
     def __init__(self, steps: Coroutine[Any, Any, None]) -> None:
         self._steps = steps
         self._has_ended = False
-        # What the first step has yielded, until the task has heard of it.
+        # What the first step has yielded, until the task hears of it.
         self._yielded: list[Any] = []
 
     def begin(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
         """Takes the first step as the task."""
-        from asyncio.tasks import (  # noqa: PLC0415 - likewise
-            _enter_task,
-            _leave_task,
-            current_task,
-        )
+        from asyncio import tasks  # noqa: PLC0415 - likewise
 
-        outer = current_task(loop)
-        _leave_task(loop, cast("asyncio.Task[Any]", outer))
-        _enter_task(loop, task)
+        outer = cast("asyncio.Task[Any]", tasks.current_task(loop))
+        tasks._leave_task(loop, outer)
+        tasks._enter_task(loop, task)
         try:
-            self._yielded.append(self._steps.send(None))
-        except BaseException as exc:
+            yielded = self._steps.send(None)
+        except StopIteration:
             self._has_ended = True
-            if not isinstance(exc, StopIteration):
-                raise
+        except BaseException:
+            self._has_ended = True
+            raise
+        else:
+            self._yielded.append(yielded)
+            # A future is marked from being awaited until its task hears of it.
+            self._mark(yielded, is_awaited=False)
         finally:
-            _leave_task(loop, task)
-            _enter_task(loop, cast("asyncio.Task[Any]", outer))
+            tasks._leave_task(loop, task)
+            tasks._enter_task(loop, outer)
 
     @override
     def send(self, value: Any) -> Any:
         if self._has_ended:
             raise StopIteration
-        return self._yielded.pop() if self._yielded else self._steps.send(value)
+        if not self._yielded:
+            return self._steps.send(value)
+        return self._mark(self._yielded.pop(), is_awaited=True)
 
     @override
     def throw(self, *exc: Any) -> Any:
         if self._has_ended:
             raise StopIteration
         if self._yielded:
-            # Cancelled before the task waits for it: then it is to be cancelled, too.
             yielded = self._yielded.pop()
-            if yielded is not None and yielded.cancel():
-                return yielded
+            # Cancelled before its task awaits the future, which is to be as well.
+            if _is_future(yielded) and yielded.cancel():
+                return self._mark(yielded, is_awaited=True)
         return self._steps.throw(*exc)
 
     @override
@@ -640,8 +643,18 @@ class _Begun(Coroutine[Any, Any, None]):
         self._steps.close()
 
     @override
-    def __await__(self) -> Generator[Any, None, None]:
+    def __await__(self) -> NoReturn:
         raise TypeError("only a task can go on with it")
+
+    def _mark(self, yielded: Any, *, is_awaited: bool) -> Any:
+        if _is_future(yielded):
+            yielded._asyncio_future_blocking = is_awaited
+        return yielded
+
+
+def _is_future(yielded: object) -> bool:
+    # What asyncio knows them by.
+    return getattr(yielded, "_asyncio_future_blocking", None) is not None
 
 
 class _Strand:

@@ -1,0 +1,198 @@
+"""A job that its request waits for takes its first step at once, on asyncio."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from postlude import BackgroundTasks, BackgroundTasksMiddleware
+from postlude._supervisor import _Begun
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize(
+        "anyio_backend",
+        [
+            ("asyncio", {"debug": True}),
+            ("asyncio", {"debug": True, "use_uvloop": True}),
+        ],
+        ids=["asyncio", "uvloop"],
+    ),
+]
+
+Serve = Callable[
+    [Callable[[], Awaitable[object]]], Coroutine[Any, Any, BackgroundTasks]
+]
+
+
+@asynccontextmanager
+async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
+    """Lets requests run one task each, and ends when they and it have."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            raise NotImplementedError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+        await scope["tasks"]()
+
+    wrapped = BackgroundTasksMiddleware(app, drain_timeout=drain_timeout)
+    messages: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    up = asyncio.Event()
+
+    async def send(message: Any) -> None:
+        up.set()
+
+    async def serve(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
+        tasks = BackgroundTasks()
+        tasks.add_task(func)
+        scope = {"type": "http", "method": "GET", "path": "/", "tasks": tasks}
+        await wrapped(scope, messages.get, send)
+        return tasks
+
+    await messages.put({"type": "lifespan.startup"})
+    lifespan = asyncio.create_task(wrapped({"type": "lifespan"}, messages.get, send))
+    await up.wait()
+    yield serve
+    await messages.put({"type": "lifespan.shutdown"})
+    await lifespan
+
+
+async def test_a_task_that_awaits_nothing_ends_before_the_event_loop_has_its_turn() -> (
+    None
+):
+    async with serving() as serve:
+        turns: list[str] = []
+        asyncio.get_running_loop().call_soon(turns.append, "turn")
+
+        async def work() -> None:
+            turns.append("task")
+
+        await serve(work)
+        turns.append("request")
+    assert turns == ["task", "request", "turn"]
+
+
+async def test_the_first_step_is_taken_as_the_task_of_the_later_ones() -> None:
+    seen: set[object] = set()
+
+    async def work() -> None:
+        seen.add(asyncio.current_task())
+        async with asyncio.timeout(10):
+            await asyncio.sleep(0)
+            seen.add(asyncio.current_task())
+            await asyncio.sleep(0.001)
+        seen.add(asyncio.current_task())
+
+    async with serving() as serve:
+        await serve(work)
+    assert len(seen) == 1
+    assert asyncio.current_task() not in seen
+
+
+async def test_a_future_may_be_awaited_by_the_tasks_of_several_requests() -> None:
+    future = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        assert await future == "result"
+
+    async with serving() as serve:
+        requests = [asyncio.create_task(serve(work)) for _ in range(3)]
+        await asyncio.sleep(0)
+        future.set_result("result")
+        groups = await asyncio.gather(*requests)
+    assert [group.state for group in groups] == ["succeeded"] * 3
+
+
+async def test_what_is_awaited_wrongly_fails_alone() -> None:
+    class Foreign:
+        def __await__(self) -> Generator[str]:
+            yield "what no event loop knows"
+
+    async def work() -> None:
+        await Foreign()
+
+    async with serving() as serve:
+        tasks = await serve(work)
+    assert tasks.state == "failed"
+    assert "bad yield" in str(tasks.exception)
+
+
+async def test_ctrl_c_in_the_first_step_leaves_at_once() -> None:
+    async def work() -> None:
+        raise KeyboardInterrupt
+
+    async with serving() as serve:
+        with pytest.raises(KeyboardInterrupt):
+            await serve(work)
+        assert asyncio.current_task() is not None
+
+
+def begin(steps: Any) -> asyncio.Task[None]:
+    loop = asyncio.get_running_loop()
+    begun = _Begun(steps)
+    task = loop.create_task(begun)
+    begun.begin(loop, task)
+    return task
+
+
+async def test_a_cancellation_before_the_second_step_cancels_what_is_awaited() -> None:
+    future = asyncio.get_running_loop().create_future()
+    log: list[str] = []
+
+    async def work() -> None:
+        try:
+            await future
+        finally:
+            await asyncio.sleep(0)
+            log.append("cleaned")
+
+    task = begin(work())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert future.cancelled()
+    assert log == ["cleaned"]
+
+
+async def test_a_cancellation_before_the_second_step_is_raised_if_nothing_is() -> None:
+    async def work() -> None:
+        await asyncio.sleep(0)
+        raise AssertionError("went on")
+
+    task = begin(work())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancellation_after_the_end_comes_to_nothing() -> None:
+    async def work() -> None: ...
+
+    task = begin(work())
+    task.cancel()
+    await task
+    assert not task.cancelled()
+
+
+async def test_what_has_begun_can_be_closed_but_not_awaited() -> None:
+    closed: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            closed.append("closed")
+
+    loop = asyncio.get_running_loop()
+    begun = _Begun(work())
+    task = loop.create_task(_Begun(asyncio.sleep(0)))
+    begun.begin(loop, task)
+    with pytest.raises(TypeError, match="only a task"):
+        await begun
+    begun.close()
+    assert closed == ["closed"]
+    await task

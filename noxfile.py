@@ -24,8 +24,8 @@ nox.options.sessions = [
 # On CI too: whichever of the supported Pythons are there.
 nox.options.error_on_missing_interpreters = False
 
-# As many processes as there are cores; each takes what is left over.
-PARALLEL = ("--numprocesses=auto", "--dist=worksteal")
+# Twice as many processes as there are cores, as many tests wait for servers.
+PARALLEL = (f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal")
 
 # pyenv's shims refuse every version that is installed but not activated.
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -145,3 +145,10 @@ def bench(session: nox.Session) -> None:
     """Measure what a task costs; arguments go to the benchmarks."""
     session.install(".", *group("tests"))
     session.run("python", "tests/benchmarks", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Let 20,000 requests add tasks, and look for any lost, doubled or leaked."""
+    session.install(".", *group("tests"))
+    session.run("python", "tests/benchmarks/soak.py", *session.posargs)

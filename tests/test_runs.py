@@ -935,12 +935,16 @@ async def test_a_run_leaves_no_garbage(cancelled: bool) -> None:
             await tasks()
 
     await run()
-    gc.collect()
     gc.disable()
     try:
-        for _ in range(10):
-            await run()
-        assert gc.collect() < 10
+        found: list[int] = []
+        for _ in range(3):
+            gc.collect()
+            for _ in range(10):
+                await run()
+            # What other tests have left running may leave some as well, meanwhile.
+            found.append(gc.collect())
+        assert min(found) < 10
     finally:
         gc.enable()
 

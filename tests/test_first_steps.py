@@ -107,6 +107,33 @@ async def test_a_future_may_be_awaited_by_the_tasks_of_several_requests() -> Non
     assert [group.state for group in groups] == ["succeeded"] * 3
 
 
+async def test_a_factory_may_wrap_the_coroutines_of_tasks() -> None:
+    """As some tools for tracing have it."""
+    loop = asyncio.get_running_loop()
+    log: list[str] = []
+
+    def wrap(
+        loop: asyncio.AbstractEventLoop, coro: Any, **options: Any
+    ) -> asyncio.Task[Any]:
+        async def traced() -> Any:
+            return await coro
+
+        return asyncio.Task(traced(), loop=loop, **options)
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        log.append("done")
+
+    loop.set_task_factory(wrap)
+    try:
+        async with serving() as serve:
+            tasks = await serve(work)
+    finally:
+        loop.set_task_factory(None)
+    assert tasks.state == "succeeded"
+    assert log == ["done"]
+
+
 async def test_what_is_awaited_wrongly_fails_alone() -> None:
     class Foreign:
         def __await__(self) -> Generator[str]:

@@ -110,11 +110,11 @@ class Job:
         "_supervisor",
         "_tasks",
         "_waiters",
+        "cancel_scope",
         "context",
         "is_open",
         "native",
         "request",
-        "scope",
         "since",
     )
 
@@ -130,7 +130,7 @@ class Job:
         self.is_open = True
         # By one of these the job is cancelled: on asyncio, and on Trio.
         self.native: asyncio.Task[Any] | None = None
-        self.scope: anyio.CancelScope | None = None
+        self.cancel_scope: anyio.CancelScope | None = None
         # What the job runs in if that is not what it is started in.
         self.context: Context | None = None
         self._tasks = tasks
@@ -141,7 +141,7 @@ class Job:
         self._is_lost = False
         self._waiters: list[Callable[[], None]] = []
         self._handles: dict[int, BackgroundTask] = {}
-        self._accepted: set[int] = set()
+        self._accepted: dict[int, object] = {}
         if settings.observers:
             for task in self._singles(tasks):
                 self._accept(task)
@@ -161,7 +161,7 @@ class Job:
         """
         if not self.extend([task]):
             raise RuntimeError(
-                "the request has ended, and so have its tasks: no more can be added"
+                "the request has ended, and so have its tasks: add tasks before that"
             )
 
     def extend(self, tasks: list[StockTask]) -> bool:
@@ -282,9 +282,10 @@ class Job:
         """Gives up what has not ended, and lists it as `outstanding` does, once."""
         if self._is_lost:
             return []
-        lost = self.outstanding()
         self._is_lost = True
-        self.is_open = False
+        with lock:
+            self.is_open = False
+        lost = self.outstanding()
         for strand in self._strands:
             _set_state(strand.tasks[strand.reached() :], TaskState.LOST)
             for handle in strand.handles:
@@ -302,8 +303,8 @@ class Job:
         A worker thread ends the task that it is about, as it cannot be stopped.
         """
         self._stopping = True
-        if self.scope is not None:
-            self.scope.cancel()
+        if self.cancel_scope is not None:
+            self.cancel_scope.cancel()
         for strand in self._strands:
             if strand.run is not None:
                 strand.run.stop()
@@ -580,8 +581,9 @@ class Job:
 
     def _accept(self, task: BackgroundTask) -> None:
         """Tells the observers of a task, once."""
-        if id(task) not in self._accepted:
-            self._accepted.add(id(task))
+        mark = object()
+        # Atomic, as other threads add tasks as well.
+        if self._accepted.setdefault(id(task), mark) is mark:
             _tell(self._settings.observers, "accepted", task)
 
 
@@ -793,14 +795,17 @@ class Supervisor:
         if self._deadline is None:
             self._deadline = anyio.current_time() + timeout
             if self._running:
-                message = "shutdown waits for background tasks, up to %s s: %s"
-                logger.info(message, timeout, self._names())
+                limit = "" if timeout == math.inf else f", up to {timeout} s"
+                message = "shutdown waits for background tasks%s: %s"
+                logger.info(message, limit, self._names())
         while (left := self._deadline - anyio.current_time()) > 0:
             if await self._is_idle_within(min(left, _PROGRESS_SECONDS)):
                 break
             if left > _PROGRESS_SECONDS:
-                message = "shutdown still waits for background tasks, up to %.0f s: %s"
-                logger.warning(message, left - _PROGRESS_SECONDS, self._names())
+                left -= _PROGRESS_SECONDS
+                limit = "" if left == math.inf else f", up to {left:.0f} s"
+                message = "shutdown still waits for background tasks%s: %s"
+                logger.warning(message, limit, self._names())
         await self._wind_up()
 
     def groups(self) -> tuple[int, int]:
@@ -815,7 +820,8 @@ class Supervisor:
         self._running.add(job)
         if self._loop is not None:
             # Half the costs of a task in a task group.
-            if at_once:
+            # A factory may begin by itself, or wrap what it is given.
+            if at_once and self._loop.get_task_factory() is None:
                 steps, context = _Begun(job.run()), copy_context()
                 job.native = self._loop.create_task(steps, context=context)
                 context.run(steps.begin, self._loop, job.native)
@@ -825,6 +831,8 @@ class Supervisor:
             self._children.start_soon(self._run_in_scope, job)
         else:
             job.context.run(self._children.start_soon, self._run_in_scope, job)
+        # It holds the request, which holds the job.
+        job.context = None
 
     def _lose_now(self) -> None:
         self._tell_lost()
@@ -832,7 +840,7 @@ class Supervisor:
             self._children.start_soon(self._call_on_lost)
 
     async def _run_in_scope(self, job: Job) -> None:
-        with anyio.CancelScope() as job.scope:
+        with anyio.CancelScope() as job.cancel_scope:
             await job.run()
 
     async def _wind_up(self) -> None:

@@ -618,7 +618,7 @@ def _tells_itself(task: StockTask, direct: Any) -> bool:
     return type(task).__call__ in calls
 
 
-class Job(Protocol):
+class TripOwner(Protocol):
     """How a trip's tasks run when they belong to the application."""
 
     def threads(self) -> anyio.CapacityLimiter:
@@ -670,7 +670,7 @@ class _Trip:
         position: int,
         direct: Any,
         failures: list[Failure],
-        job: Job | None = None,
+        job: TripOwner | None = None,
     ) -> None:
         self.position = position
         # Whether the thread has ended its work, and the event loop goes on with it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from time import monotonic
@@ -35,6 +36,7 @@ P = ParamSpec("P")
 
 # The key of a scope by which a middleware sees that another one is around it.
 _KEY = "postlude"
+_numbers = itertools.count(1)
 # The lowest status of an error.
 _ERRORS = 400
 
@@ -204,7 +206,8 @@ class BackgroundTasksMiddleware:
             entered around it, in the task's thread and context. It may also have
             methods `accepted(task)` and `lost(task)`. What it raises is logged.
         on_lost: Called with the list of tasks that were lost when the server stopped,
-            on the event loop; sync or async. What it raises is logged.
+            on the event loop, sync or async; again for those added after that. It has
+            to end by itself, as the shutdown waits for it. What it raises is logged.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -249,7 +252,8 @@ class BackgroundTasksMiddleware:
             threads=_limit("threads", threads, 1),
             observers=observers,
             on_lost=on_lost,
-            limiter=anyio.lowlevel.RunVar("postlude_threads"),
+            # Older versions of AnyIO know these by their names.
+            limiter=anyio.lowlevel.RunVar(f"postlude_threads_{next(_numbers)}"),
             unsupervised=set(),
         )
         # Usually one; one for each event loop that has run the lifespan.
@@ -525,7 +529,7 @@ class _Request:
                 self._added.pop()
         if self._job is None or not self._job.extend([task]):
             raise RuntimeError(
-                "the request has ended, and so have its tasks: no more can be added"
+                "the request has ended, and so have its tasks: add tasks before that"
             )
 
     def close(self) -> Job | None:

@@ -1141,8 +1141,7 @@ class Watched:
     def close(self) -> None:
         """Gives up what has not been awaited."""
         with self._stack:
-            if inspect.iscoroutine(self._result):
-                self._result.close()
+            _discard(self._result)
 
 
 def _close(task: BackgroundTask, result: Awaitable[Any]) -> None:
@@ -1150,6 +1149,10 @@ def _close(task: BackgroundTask, result: Awaitable[Any]) -> None:
     if task._state is _RUNNING:
         task._state = _CANCELLED
     task._finished = time()
+    _discard(result)
+
+
+def _discard(result: Awaitable[object]) -> None:
     if inspect.iscoroutine(result) or isinstance(result, Watched):
         result.close()
 

@@ -23,6 +23,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 from starlette.background import BackgroundTask as StockTask
 from starlette.background import BackgroundTasks as StockTasks
@@ -717,8 +718,10 @@ class Supervisor:
         self._reported = False
 
     async def __aenter__(self) -> Self:
-        self._children = anyio.create_task_group()
-        await self._children.__aenter__()
+        # On asyncio there is none: to leave it would let the event loop have its turn,
+        # and hypercorn takes an error at start-up to be one only before that.
+        self._children: anyio.abc.TaskGroup | None = None
+        self._calls: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[Any] | None = None
         try:
@@ -729,6 +732,8 @@ class Supervisor:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
             self._here = anyio.lowlevel.current_token
+            self._children = anyio.create_task_group()
+            await self._children.__aenter__()
         self._token = self._here()
         return self
 
@@ -738,7 +743,10 @@ class Supervisor:
             await self._wind_up()
         finally:
             self._tell_lost()
-            await self._children.__aexit__(None, None, None)
+            for call in self._calls:
+                await call
+            if self._children is not None:
+                await self._children.__aexit__(None, None, None)
 
     def is_here(self) -> bool:
         """Whether the running event loop is the one whose jobs it owns."""
@@ -827,17 +835,22 @@ class Supervisor:
                 context.run(steps.begin, self._loop, job.native)
             else:
                 job.native = self._loop.create_task(job.run(), context=job.context)
-        elif job.context is None:
-            self._children.start_soon(self._run_in_scope, job)
         else:
-            job.context.run(self._children.start_soon, self._run_in_scope, job)
+            context = job.context or copy_context()
+            children = cast("anyio.abc.TaskGroup", self._children)
+            context.run(children.start_soon, self._run_in_scope, job)
         # It holds the request, which holds the job.
         job.context = None
 
     def _lose_now(self) -> None:
         self._tell_lost()
-        if self._closed and self._lost:
-            self._children.start_soon(self._call_on_lost)
+        if not self._closed or not self._lost:
+            return
+        if self._loop is not None:
+            self._calls.add(self._loop.create_task(self._call_on_lost()))
+        else:
+            children = cast("anyio.abc.TaskGroup", self._children)
+            children.start_soon(self._call_on_lost)
 
     async def _run_in_scope(self, job: Job) -> None:
         with anyio.CancelScope() as job.cancel_scope:

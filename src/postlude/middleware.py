@@ -271,7 +271,7 @@ class BackgroundTasksMiddleware:
             try:
                 await self._live(scope, receive, send)
             finally:
-                del scope[_KEY]
+                scope.pop(_KEY, None)
             return
         request = _Request(self, scope, send)
         token = home.set(request)
@@ -286,7 +286,7 @@ class BackgroundTasksMiddleware:
             if job is not None and not (self._detach and job.is_supervised):
                 await job.complete()
         finally:
-            del scope[_KEY]
+            scope.pop(_KEY, None)
             try:  # noqa: SIM105 - suppress() takes longer than what it guards
                 home.reset(token)
             except ValueError:

@@ -30,7 +30,6 @@ from starlette.background import BackgroundTasks as StockTasks
 from starlette.types import Scope
 from typing_extensions import override
 
-from ._options import options_of
 from ._tasks import (
     _FAILED,
     _RUNNING,
@@ -48,6 +47,7 @@ from ._tasks import (
     _is_interrupt,
     _leaves,
     _log_failures,
+    _prepare,
     _Trip,
     cut_short,
     home,
@@ -161,9 +161,7 @@ class Job:
             RuntimeError: If the job has ended.
         """
         if not self.extend([task]):
-            raise RuntimeError(
-                "the request has ended, and so have its tasks: add tasks before that"
-            )
+            raise has_ended()
 
     def extend(self, tasks: list[StockTask]) -> bool:
         """Adds tasks unless the job has ended; returns whether it did."""
@@ -338,7 +336,7 @@ class Job:
                 strand.task if strand.trip is None else strand.trip.under_way()[0]
             )
             running += under_way is not None
-            waiting += _count(strand.tasks, strand.reached())
+            waiting += sum(1 for _ in _singles(strand.tasks[strand.reached() :]))
         return running, waiting
 
     def threads(self) -> anyio.CapacityLimiter:
@@ -1011,16 +1009,6 @@ def _singles(tasks: Iterable[StockTask]) -> Iterator[StockTask]:
             yield from _singles(group.tasks)
 
 
-def _count(tasks: list[StockTask], start: int = 0) -> int:
-    """Counts the single tasks that tasks are or hold, from a position on."""
-    count = len(tasks) - start
-    for task in tasks[start:]:
-        if type(task) is not BackgroundTask or type(task.func) is not FunctionType:
-            group = _plain_group(task)
-            count += 0 if group is None else _count(group.tasks) - 1
-    return count
-
-
 def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
     """Names the tasks that are not to run; returns those declared `always=True`."""
     always: list[StockTask] = []
@@ -1040,6 +1028,13 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
             extra=describe(scope),
         )
     return always
+
+
+def has_ended() -> RuntimeError:
+    """Returns what is raised when a task is added too late."""
+    return RuntimeError(
+        "the request has ended, and so have its tasks: add tasks before that"
+    )
 
 
 def plain(task: BackgroundTask) -> BackgroundTask:
@@ -1076,7 +1071,6 @@ def _handle(task: StockTask) -> BackgroundTask:
     """Returns the task itself, or for what is none of ours, one of ours."""
     if isinstance(task, BackgroundTask) and not isinstance(task, BackgroundTasks):
         if "_always" not in vars(task):
-            # A subclass may have a constructor that does not call ours.
             _prepare(task)
         return task
     handle = BackgroundTask.__new__(BackgroundTask)
@@ -1088,13 +1082,6 @@ def _handle(task: StockTask) -> BackgroundTask:
         handle.is_async = True
     _prepare(handle)
     return handle
-
-
-def _prepare(task: BackgroundTask) -> None:
-    task._always = options_of(task.func).always
-    task._context = None
-    task._state = TaskState.PENDING
-    task._started = task._finished = None
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

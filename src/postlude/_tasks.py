@@ -225,9 +225,7 @@ class BackgroundTask(StockTask):
                 the cause.
         """
         if "_always" not in vars(self):
-            # A subclass may have a constructor that does not call ours.
-            self._always = options_of(self.func).always
-            self._context = None
+            _prepare(self)
         if (here := home.get()) and (taken := here.take(self)) is not None:
             await taken
             return
@@ -950,6 +948,14 @@ def _is_always(task: StockTask) -> bool:
 
 def _name(task: StockTask) -> str:
     return name_of(_func(task))
+
+
+def _prepare(task: BackgroundTask) -> None:
+    """Sets what our constructor does, which that of a subclass may not have called."""
+    task._always = options_of(task.func).always
+    task._context = None
+    task._state = _PENDING
+    task._started = task._finished = None
 
 
 def _in_worker_thread() -> bool:

@@ -19,6 +19,7 @@ from ._supervisor import (
     Supervisor,
     describe,
     give_up,
+    has_ended,
     lock,
     plain,
 )
@@ -528,9 +529,7 @@ class _Request:
                     return
                 self._added.pop()
         if self._job is None or not self._job.extend([task]):
-            raise RuntimeError(
-                "the request has ended, and so have its tasks: add tasks before that"
-            )
+            raise has_ended()
 
     def close(self) -> Job | None:
         """Ends the request; returns the job if there are tasks that are left."""

@@ -136,9 +136,8 @@ class Response(starlette.responses.Response):
             if mine and background is not None:
                 group = self._as_group()
                 here = home.get()
-                if here is not None and here.adopt(group):
-                    pass
-                elif cause is not None or group is background:
+                is_taken = here is not None and here.adopt(group)
+                if not is_taken and (cause is not None or group is background):
                     group._state = TaskState.CANCELLED
                     await cut_short(group.tasks, cause, logging.INFO, here=here)
             del cause

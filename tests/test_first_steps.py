@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from postlude import BackgroundTasks, BackgroundTasksMiddleware
-from postlude._supervisor import _Begun
+from postlude._supervisor import _Ahead
 
 pytestmark = [
     pytest.mark.anyio,
@@ -158,12 +159,96 @@ async def test_ctrl_c_in_the_first_step_leaves_at_once() -> None:
         assert asyncio.current_task() is not None
 
 
+async def test_jobs_that_wait_for_nothing_share_a_task_until_the_end() -> None:
+    seen: list[asyncio.Task[Any] | None] = []
+
+    async def work() -> None:
+        seen.append(asyncio.current_task())
+
+    async with serving() as serve:
+        before = len(asyncio.all_tasks())
+        for _ in range(3):
+            await serve(work)
+        assert len(asyncio.all_tasks()) == before + 1
+    assert len({*seen}) == 1
+    assert seen[0] is not None
+    with pytest.raises(asyncio.CancelledError):
+        await seen[0]
+
+
+async def test_a_job_that_waits_keeps_its_task_to_itself() -> None:
+    seen: list[asyncio.Task[Any] | None] = []
+
+    async def work() -> None:
+        seen.append(asyncio.current_task())
+        await asyncio.sleep(0)
+
+    async with serving() as serve:
+        for _ in range(3):
+            await serve(work)
+        await asyncio.gather(*(serve(work) for _ in range(3)))
+    assert len({*seen}) == 6
+
+
+async def test_a_task_that_was_cancelled_by_its_job_serves_no_other() -> None:
+    seen: list[asyncio.Task[Any] | None] = []
+
+    async def cancel() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        seen.append(task)
+        task.cancel()
+
+    async def work() -> None:
+        seen.append(asyncio.current_task())
+
+    async with serving() as serve:
+        first = await serve(cancel)
+        second = await serve(work)
+    assert (first.state, second.state) == ("succeeded", "succeeded")
+    assert len({*seen}) == 2
+
+
+async def test_a_task_that_somebody_else_cancels_serves_no_other() -> None:
+    seen: list[asyncio.Task[Any]] = []
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        seen.append(task)
+
+    async with serving() as serve:
+        await serve(work)
+        seen[0].cancel()
+        tasks = await serve(work)
+    assert tasks.state == "succeeded"
+    assert len({*seen}) == 2
+
+
+@pytest.mark.parametrize("turns", [0, 1], ids=["not started", "started"])
+async def test_each_step_is_taken_in_the_context_of_the_job(turns: int) -> None:
+    variable = ContextVar("variable", default="none")
+    seen: list[str] = []
+
+    async def work() -> None:
+        seen.append(variable.get())
+        await asyncio.sleep(0)
+        seen.append(variable.get())
+
+    ahead = _Ahead(asyncio.get_running_loop())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    variable.set("job")
+    assert not ahead.ends(work(), copy_context())
+    variable.set("later")
+    await ahead.task
+    assert seen == ["job", "job"]
+
+
 def begin(steps: Any) -> asyncio.Task[None]:
-    loop = asyncio.get_running_loop()
-    begun = _Begun(steps)
-    task = loop.create_task(begun)
-    begun.begin(loop, task)
-    return task
+    ahead = _Ahead(asyncio.get_running_loop())
+    assert not ahead.ends(steps, copy_context())
+    return ahead.task
 
 
 async def test_a_cancellation_before_the_second_step_cancels_what_is_awaited() -> None:
@@ -196,13 +281,15 @@ async def test_a_cancellation_before_the_second_step_is_raised_if_nothing_is() -
         await task
 
 
-async def test_a_cancellation_after_the_end_comes_to_nothing() -> None:
-    async def work() -> None: ...
+async def test_ctrl_c_in_the_first_step_ends_its_task() -> None:
+    async def work() -> None:
+        raise KeyboardInterrupt
 
-    task = begin(work())
-    task.cancel()
-    await task
-    assert not task.cancelled()
+    ahead = _Ahead(asyncio.get_running_loop())
+    with pytest.raises(KeyboardInterrupt):
+        ahead.ends(work(), copy_context())
+    with pytest.raises(asyncio.CancelledError):
+        await ahead.task
 
 
 async def test_what_has_begun_can_be_closed_but_not_awaited() -> None:
@@ -214,12 +301,12 @@ async def test_what_has_begun_can_be_closed_but_not_awaited() -> None:
         finally:
             closed.append("closed")
 
-    loop = asyncio.get_running_loop()
-    begun = _Begun(work())
-    task = loop.create_task(_Begun(asyncio.sleep(0)))
-    begun.begin(loop, task)
+    ahead = _Ahead(asyncio.get_running_loop())
+    ahead.close()
+    ahead.ends(work(), copy_context())
     with pytest.raises(TypeError, match="only a task"):
-        await begun
-    begun.close()
+        await ahead
+    ahead.close()
     assert closed == ["closed"]
-    await task
+    with pytest.raises(RuntimeError, match="already awaited"):
+        await ahead.task

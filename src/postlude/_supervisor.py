@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+from asyncio.tasks import _enter_task, _leave_task
 from collections import Counter, deque
 from collections.abc import (
+    Awaitable,
     Callable,
     Coroutine,
     Generator,
     Iterable,
     Iterator,
-    Sequence,
 )
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import Context, copy_context
@@ -20,7 +22,7 @@ from inspect import isawaitable
 from threading import Lock
 from time import monotonic, time
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 import anyio
 import anyio.abc
@@ -31,7 +33,11 @@ from starlette.types import Scope
 from typing_extensions import override
 
 from ._tasks import (
+    _CANCELLED,
+    _COROUTINE,
     _FAILED,
+    _LOST,
+    _PENDING,
     _RUNNING,
     _SUCCEEDED,
     BackgroundTask,
@@ -52,9 +58,6 @@ from ._tasks import (
     cut_short,
     home,
 )
-
-if TYPE_CHECKING:
-    import asyncio
 
 Observer: TypeAlias = Callable[[BackgroundTask], AbstractContextManager[object]]
 
@@ -137,7 +140,7 @@ class Job:
         self._tasks = tasks
         self._settings = settings
         self._supervisor = supervisor
-        self._strands: list[_Strand] = [_Strand(tasks, None, ())]
+        self._strands: list[_Strand] = [_Strand(tasks)]
         self._stopping = False
         self._is_lost = False
         self._waiters: list[Callable[[], None]] = []
@@ -179,22 +182,23 @@ class Job:
         """Whether it belongs to the application, and not to its request."""
         return self._supervisor is not None
 
-    async def complete(self) -> None:
+    def complete(self) -> Awaitable[None]:
         """Waits for the end of the job, or runs it here if it belongs to its request.
 
         To cancel the waiting does not touch the job.
         """
         if self._supervisor is None and self not in self._settings.unsupervised:
-            await self._run_here()
-        elif self.is_open and self.native is not None:
+            return self._run_here()
+        if self.is_open and self.native is not None:
             # A tenth of the costs of an event.
             waiter = self.native.get_loop().create_future()
             self._waiters.append(partial(_wake, waiter))
-            await waiter
-        elif self.is_open:
+            return waiter
+        if self.is_open:
             event = anyio.Event()
             self._waiters.append(event.set)
-            await event.wait()
+            return event.wait()
+        return NOTHING
 
     async def leave(self, cause: BaseException) -> None:
         """Does not wait as the request fails, unless the job belongs to that."""
@@ -286,11 +290,11 @@ class Job:
             self.is_open = False
         lost = self.outstanding()
         for strand in self._strands:
-            _set_state(strand.tasks[strand.reached() :], TaskState.LOST)
-            for handle in strand.handles:
-                handle._state = TaskState.LOST
+            _set_state(strand.tasks[strand.reached() :], _LOST)
+            for handle in strand.handles():
+                handle._state = _LOST
         for task, _ in lost:
-            task._state = TaskState.LOST
+            task._state = _LOST
             if self._settings.observers:
                 # It may have been added to a group without the job's knowledge.
                 self._accept(task)
@@ -382,23 +386,6 @@ class Job:
         """Logs what has failed."""
         _log_failures(failures, describe(self.request))
 
-    async def _run_list(
-        self,
-        tasks: list[StockTask],
-        native: asyncio.Task[Any] | None,
-        handles: list[BackgroundTask],
-    ) -> list[Failure]:
-        strand = _Strand(tasks, native, handles)
-        self._strands.append(strand)
-        failures = await self._run_strand(strand)
-        self._leave(strand)
-        return failures
-
-    def _leave(self, strand: _Strand) -> None:
-        # One that has been stopped stays, to tell what is left of it.
-        if strand.is_done() or not any(self._left_of(strand)):
-            self._strands.remove(strand)
-
     def _left_of(self, strand: _Strand) -> Iterator[tuple[BackgroundTask, str]]:
         task, in_thread = strand.task, False
         if strand.trip is not None:
@@ -419,40 +406,134 @@ class Job:
             self._handles[id(task)] = _handle(task)
         return self._handles[id(task)]
 
-    async def _run_strand(self, strand: _Strand) -> list[Failure]:
-        """Runs tasks one after the other and returns what failed."""
-        failures: list[Failure] = []
-        tasks = strand.tasks
-        while not self._stopping:
-            if strand.position >= len(tasks):
-                if self._is_over(strand):
-                    break
-                continue
-            task: Any = tasks[strand.position]
-            # To tell that a task is none of the special ones takes as long as it does.
-            is_plain = type(task) is BackgroundTask and type(task.func) is FunctionType
-            if not is_plain and (group := _plain_group(task)) is not None:
-                strand.position += 1
-                failures += await self._run_group(strand, task, group)
-            elif not is_plain and (handle := self._handle(task)) is not task:
-                strand.position += 1
-                failures += await self._run_list([handle], strand.native, [])
-            elif task.is_async or (not is_plain and _overrides_call(task)):
-                strand.position += 1
-                await self._run_async(strand, task, failures)
-            else:
-                # What has a class of its own is let in as the one that is called.
-                at = strand.position
-                trip = strand.trip = _Trip(tasks, at, task, failures, self)
+    async def _run_strand(  # noqa: PLR0912 - in one piece for the sake of short tasks
+        self, first: _Strand
+    ) -> list[Failure]:
+        """Runs tasks one after the other and returns what failed.
+
+        The tasks of a group run on a strand of their own, and then this one goes on.
+        """
+        strand = first
+        is_bare = not self._settings.observers
+        try:
+            while True:
+                tasks, position = strand.tasks, strand.position
+                if position >= len(tasks) or self._stopping:
+                    if strand is not first:
+                        strand = self._go_back(strand)
+                    elif self._stopping or self._is_over(strand):
+                        return strand.failures
+                    continue
+                task: Any = tasks[position]
+                # To tell that one is none of the special takes as long as it does.
+                is_plain = (
+                    type(task) is BackgroundTask and type(task.func) is FunctionType
+                )
+                if not is_plain and (inner := self._enter(strand, task)) is not None:
+                    strand.position = position + 1
+                    strand = inner
+                    if strand.group is not None and strand.group._concurrency > 1:
+                        await self._run_concurrently(strand, strand.group)
+                    continue
+                if not task.is_async and (is_plain or not _overrides_call(task)):
+                    await self._make_trip(strand, task)
+                    continue
+                strand.position = position + 1
+                strand.task = task
+                context = task._context
+                context = copy_context() if context is None else context.copy()
+                task._state = _RUNNING
+                task._started = time()
                 try:
-                    await trip.make()
-                except BaseException:
-                    trip.abandon()
-                    raise
-                strand.position = trip.position
-                strand.trip = None
-                await self._forgive(strand)
-        return failures
+                    if (
+                        is_bare
+                        and is_plain
+                        and task.func.__code__.co_flags & _COROUTINE
+                    ):
+                        # To call it is not to take a step yet.
+                        context.run(home.set, self)
+                        call = task.func(*task.args, **task.kwargs)
+                    else:
+                        call = self._call(task)
+                    await _in_context(context, call)
+                except BaseException as exc:
+                    if not self.fails(task, exc, strand.failures):
+                        raise
+                else:
+                    task._state = _SUCCEEDED
+                task._finished = time()
+                strand.task = None
+                native = strand.native or self.native
+                if native is not None and native.cancelling():
+                    await self._forgive(native)
+        finally:
+            # There are groups to go back from only if this has been cut short.
+            while strand is not first:
+                strand = self._go_back(strand, is_cut_short=True)
+
+    def _enter(self, outer: _Strand, task: StockTask) -> _Strand | None:
+        """Returns a strand for what a task stands for, unless that is itself."""
+        if type(task) is BackgroundTasks:
+            group: BackgroundTasks | StockTasks | None = task
+        else:
+            group = _plain_group(task)
+        if group is not None:
+            strand = _Strand(group.tasks, outer.native, outer)
+        elif (handle := self._handle(task)) is not task:
+            strand = _Strand([handle], outer.native, outer)
+        else:
+            return None
+        # Both are handles by which a group may be watched.
+        if isinstance(group, BackgroundTasks):
+            strand.group = group
+            group._state = _RUNNING
+            if task is not group:
+                strand.handle = cast("BackgroundTask", task)
+                strand.handle._state = _RUNNING
+                strand.handle._started = time()
+        self._strands.append(strand)
+        return strand
+
+    def _go_back(self, strand: _Strand, *, is_cut_short: bool = False) -> _Strand:
+        """Ends a strand; returns the one around it."""
+        # What has been stopped stays, to tell what is left of it.
+        if not (is_cut_short or (self._stopping and any(self._left_of(strand)))):
+            self._strands.remove(strand)
+        outer, failures = cast("_Strand", strand.outer), strand.failures
+        if strand.group is not None:
+            if is_cut_short or (self._stopping and not self._is_finished(strand)):
+                state = _CANCELLED if self._supervisor is None else _LOST
+            else:
+                state = _FAILED if failures else _SUCCEEDED
+            strand.group._state = state
+            if strand.handle is not None:
+                strand.handle._state = state
+                strand.handle._finished = time()
+            if failures:
+                for handle in strand.handles():
+                    handle._exception = _combined(failures)
+        if failures:
+            outer.failures += failures
+        return outer
+
+    def _is_finished(self, strand: _Strand) -> bool:
+        ends = (_SUCCEEDED, _FAILED)
+        return all(task.state in ends for task in self._singles(strand.tasks))
+
+    async def _make_trip(self, strand: _Strand, task: BackgroundTask) -> None:
+        # What has a class of its own is let in as the one that is called.
+        trip = _Trip(strand.tasks, strand.position, task, strand.failures, self)
+        strand.trip = trip
+        try:
+            await trip.make()
+        except BaseException:
+            trip.abandon()
+            raise
+        strand.position = trip.position
+        strand.trip = None
+        native = strand.native or self.native
+        if native is not None and native.cancelling():
+            await self._forgive(native)
 
     def _is_over(self, strand: _Strand) -> bool:
         """Whether a strand has ended, and with the first one the job, for good."""
@@ -463,28 +544,9 @@ class Job:
             self.is_open = strand.position < len(self._tasks)
             return not self.is_open
 
-    async def _run_async(
-        self, strand: _Strand, task: BackgroundTask, failures: list[Failure]
-    ) -> None:
-        strand.task = task
-        context = copy_context() if task._context is None else task._context.copy()
-        task._state = _RUNNING
-        task._started = time()
-        try:
-            await _in_context(context, self._call(task))
-        except BaseException as exc:
-            if not self.fails(task, exc, failures):
-                raise
-        else:
-            task._state = _SUCCEEDED
-        task._finished = time()
-        strand.task = None
-        await self._forgive(strand)
-
-    async def _forgive(self, strand: _Strand) -> None:
+    async def _forgive(self, native: asyncio.Task[Any]) -> None:
         """Keeps the cancellation of a task by itself from those after it."""
-        native = strand.native or self.native
-        if native is not None and native.cancelling() and not self._is_asked():
+        if not self._is_asked():
             # The next await would raise it.
             with suppress(anyio.get_cancelled_exc_class()):
                 await anyio.lowlevel.checkpoint()
@@ -504,64 +566,26 @@ class Job:
         with _observed(task, self._settings.observers):
             await call(*task.args, **task.kwargs)
 
-    async def _run_group(
-        self, strand: _Strand, task: StockTask, group: BackgroundTasks | StockTasks
-    ) -> list[Failure]:
-        """Runs the tasks of a group, which a task is or has for its function."""
-        failures: list[Failure] = []
-        # Both are handles by which a group may be watched.
-        both = (group,) if task is group else (task, group)
-        handles = [one for one in both if isinstance(one, BackgroundTask)]
-        now = time()
-        for handle in handles:
-            handle._state = _RUNNING
-            handle._started = now
-        state = None
-        try:
-            if isinstance(group, BackgroundTasks) and group._concurrency > 1:
-                failures = await self._run_concurrently(group, handles)
-            else:
-                failures = await self._run_list(group.tasks, strand.native, handles)
-            if not self._stopping or all(
-                single.state in (_SUCCEEDED, _FAILED)
-                for single in self._singles(group.tasks)
-            ):
-                state = _FAILED if failures else _SUCCEEDED
-        finally:
-            if state is None:
-                state = TaskState.LOST if self._supervisor else TaskState.CANCELLED
-            now = time()
-            for handle in handles:
-                handle._state = state
-                handle._finished = now
-                if failures:
-                    handle._exception = _combined(failures)
-        return failures
-
-    async def _run_concurrently(
-        self, group: BackgroundTasks, handles: list[BackgroundTask]
-    ) -> list[Failure]:
-        strand = _Strand(group.tasks, None, handles)
-
+    async def _run_concurrently(self, strand: _Strand, group: BackgroundTasks) -> None:
         async def run_one(task: StockTask) -> list[Failure]:
             native = None
             if self.native is not None:
-                import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
-
                 native = asyncio.current_task()
+            one = _Strand([task], native, strand)
+            self._strands.append(one)
             try:
-                return await self._run_list([task], native, [])
+                await self._run_strand(one)
             except anyio.get_cancelled_exc_class():
                 # To be stopped is told to each task by itself, and then the group ends.
                 if anyio.current_effective_deadline() == -math.inf:
                     raise
-                return []
+            else:
+                self._go_back(one)
+            return []
 
         strand.run = _ConcurrentRun(group, run_one)
-        self._strands.append(strand)
-        failures = await strand.run.complete()
-        self._leave(strand)
-        return failures
+        await strand.run.complete()
+        strand.position, strand.run = strand.run.position, None
 
     def _leaves(self, exc: BaseException) -> bool:
         """Whether this is no failure of the task that has raised it."""
@@ -586,71 +610,84 @@ class Job:
             _tell(self._settings.observers, "accepted", task)
 
 
-class _Begun(Coroutine[Any, Any, None]):
-    """A coroutine that takes its first step before its task does.
+class _Ahead(Coroutine[Any, Any, None]):
+    """What a task of asyncio's has for its coroutine, to run a job ahead of its turn.
 
-    As `eager_start` does, which Python has from 3.12 on.
+    The job takes its first step as this task, at once. If that is its last as well, the
+    task serves the next job: to make one for each would double what it costs to run a
+    function that waits for nothing. If not, the task goes on with this job, and ends
+    with it.
+
+    Args:
+        loop: The event loop, which must have no task factory.
     """
 
-    def __init__(self, steps: Coroutine[Any, Any, None]) -> None:
-        self._steps = steps
-        self._has_ended = False
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._job: Coroutine[Any, Any, None] | None = None
+        self._context = Context()
         # What the first step has yielded, until the task hears of it.
         self._yielded: list[Any] = []
+        # What the task waits for until it has a job.
+        self._begun: asyncio.Future[None] = loop.create_future()
+        self.task = loop.create_task(self, context=Context())
 
-    def begin(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-        """Takes the first step as the task."""
-        from asyncio import tasks  # noqa: PLC0415 - likewise
-
-        outer = cast("asyncio.Task[Any]", tasks.current_task(loop))
-        tasks._leave_task(loop, outer)
-        tasks._enter_task(loop, task)
+    def ends(self, job: Coroutine[Any, Any, None], context: Context) -> bool:
+        """Takes the first step of a job, in a context; returns whether that is all."""
+        loop, task = self._loop, self.task
+        outer = cast("asyncio.Task[Any]", asyncio.current_task(loop))
+        _leave_task(loop, outer)
+        _enter_task(loop, task)
         try:
-            yielded = self._steps.send(None)
+            yielded = context.run(job.send, None)
         except StopIteration:
-            self._has_ended = True
+            return True
         except BaseException:
-            self._has_ended = True
+            task.cancel()
             raise
-        else:
-            self._yielded.append(yielded)
-            # A future is marked from being awaited until its task hears of it.
-            self._mark(yielded, is_awaited=False)
         finally:
-            tasks._leave_task(loop, task)
-            tasks._enter_task(loop, outer)
+            _leave_task(loop, task)
+            _enter_task(loop, outer)
+        self._job, self._context = job, context
+        # A future is marked from being awaited until its task hears of it.
+        self._yielded.append(_mark(yielded, is_awaited=False))
+        _wake(self._begun)
+        return False
 
     @override
     def send(self, value: Any) -> Any:
-        if self._has_ended:
-            raise StopIteration
-        if not self._yielded:
-            return self._steps.send(value)
-        return self._mark(self._yielded.pop(), is_awaited=True)
+        if self._job is None:
+            return _mark(self._begun, is_awaited=True)
+        if self._yielded:
+            return _mark(self._yielded.pop(), is_awaited=True)
+        return self._context.run(self._job.send, value)
 
     @override
     def throw(self, *exc: Any) -> Any:
-        if self._has_ended:
-            raise StopIteration
+        if self._job is None:
+            self.close()
+            raise exc[0]
         if self._yielded:
             yielded = self._yielded.pop()
             # Cancelled before its task awaits the future, which is to be as well.
             if _is_future(yielded) and yielded.cancel():
-                return self._mark(yielded, is_awaited=True)
-        return self._steps.throw(*exc)
+                return _mark(yielded, is_awaited=True)
+        return self._context.run(self._job.throw, *exc)
 
     @override
     def close(self) -> None:
-        self._steps.close()
+        if self._job is not None:
+            self._job.close()
 
     @override
     def __await__(self) -> NoReturn:
         raise TypeError("only a task can go on with it")
 
-    def _mark(self, yielded: Any, *, is_awaited: bool) -> Any:
-        if _is_future(yielded):
-            yielded._asyncio_future_blocking = is_awaited
-        return yielded
+
+def _mark(yielded: Any, *, is_awaited: bool) -> Any:
+    if _is_future(yielded):
+        yielded._asyncio_future_blocking = is_awaited
+    return yielded
 
 
 def _is_future(yielded: object) -> bool:
@@ -661,30 +698,45 @@ def _is_future(yielded: object) -> bool:
 class _Strand:
     """A list of tasks that run one after the other, and how far they have come."""
 
-    __slots__ = ("handles", "native", "position", "run", "task", "tasks", "trip")
+    __slots__ = (
+        "failures",
+        "group",
+        "handle",
+        "native",
+        "outer",
+        "position",
+        "run",
+        "task",
+        "tasks",
+        "trip",
+    )
 
     def __init__(
         self,
         tasks: list[StockTask],
-        native: asyncio.Task[Any] | None,
-        handles: Sequence[BackgroundTask],
+        native: asyncio.Task[Any] | None = None,
+        outer: _Strand | None = None,
     ) -> None:
         self.tasks = tasks
         # The task of asyncio's that runs it, if that is not the job's own.
         self.native = native
-        # The group whose tasks these are, if they are, by each of its handles.
-        self.handles = handles
+        # The one to go on with after this one.
+        self.outer = outer
+        # The group whose tasks these are, if it is ours, and the task that has brought
+        # it in, if it is another one.
+        self.group: BackgroundTasks | None = None
+        self.handle: BackgroundTask | None = None
         self.position = 0
+        self.failures: list[Failure] = []
         # What is under way: a task on the event loop, a trip to a worker thread, or a
         # group whose tasks are on strands of their own, as several run at once.
         self.task: BackgroundTask | None = None
         self.trip: _Trip | None = None
         self.run: _ConcurrentRun | None = None
 
-    def is_done(self) -> bool:
-        """Whether nothing is under way, nor left."""
-        under_way = self.task or self.trip or self.run
-        return under_way is None and self.position >= len(self.tasks)
+    def handles(self) -> list[BackgroundTask]:
+        """Lists what the group is watched by."""
+        return [one for one in (self.group, self.handle) if one is not None]
 
     def reached(self) -> int:
         """Returns the position of the first task that has not been started."""
@@ -710,6 +762,8 @@ class Supervisor:
         self._cleanup_end = math.inf
         # What `on_lost` has not been told yet.
         self._lost: list[BackgroundTask] = []
+        # What the next job begins as that takes its first step at once.
+        self._ahead: _Ahead | None = None
         self._idle = anyio.Event()
         self._deadline: float | None = None
         self._closed = False
@@ -723,8 +777,6 @@ class Supervisor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[Any] | None = None
         try:
-            import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
-
             self._host = asyncio.current_task()
             self._here: Callable[[], object] = asyncio.get_running_loop
             self._loop = asyncio.get_running_loop()
@@ -743,6 +795,8 @@ class Supervisor:
             self._tell_lost()
             for call in self._calls:
                 await call
+            if self._ahead is not None:
+                self._ahead.task.cancel()
             if self._children is not None:
                 await self._children.__aexit__(None, None, None)
 
@@ -828,9 +882,12 @@ class Supervisor:
             # Half the costs of a task in a task group.
             # A factory may begin by itself, or wrap what it is given.
             if at_once and self._loop.get_task_factory() is None:
-                steps, context = _Begun(job.run()), copy_context()
-                job.native = self._loop.create_task(steps, context=context)
-                context.run(steps.begin, self._loop, job.native)
+                ahead, self._ahead = self._ahead, None
+                if ahead is None or ahead.task.cancelling():
+                    ahead = _Ahead(self._loop)
+                job.native = ahead.task
+                if ahead.ends(job.run(), copy_context()):
+                    self._ahead = ahead
             else:
                 job.native = self._loop.create_task(job.run(), context=job.context)
         else:
@@ -892,8 +949,6 @@ class Supervisor:
                 with anyio.move_on_after(left):
                     await self._idle.wait()
                 continue
-            import asyncio  # noqa: PLC0415 - likewise
-
             natives = {job.native: job for job in self._running if job.native}
             done, _ = await asyncio.wait(natives, timeout=left)
             for native in done:
@@ -1013,10 +1068,10 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
     """Names the tasks that are not to run; returns those declared `always=True`."""
     always: list[StockTask] = []
     names: list[str] = []
-    _set_state(tasks, TaskState.CANCELLED)
+    _set_state(tasks, _CANCELLED)
     for task in map(_handle, _singles(tasks)):
         if task._always:
-            task._state = TaskState.PENDING
+            task._state = _PENDING
             always.append(task)
         else:
             names.append(repr(task.name))
@@ -1082,6 +1137,18 @@ def _handle(task: StockTask) -> BackgroundTask:
         handle.is_async = True
     _prepare(handle)
     return handle
+
+
+class _Nothing:
+    """What there is to wait for if there is nothing to wait for."""
+
+    def __await__(self) -> Generator[None]:
+        return _ENDED
+
+
+# It has come to its end, and takes less time than a generator that has.
+_ENDED = cast("Generator[None]", iter(()))
+NOTHING = _Nothing()
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import inspect
 import logging
@@ -1044,8 +1045,6 @@ def _is_cancellation(exc: BaseException) -> bool:
         return False
     if anyio.current_effective_deadline() == -math.inf:
         return True
-    import asyncio  # noqa: PLC0415 - nobody who runs on Trio needs it
-
     try:
         current = asyncio.current_task()
     except RuntimeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
 from typing import Any, NamedTuple, ParamSpec
 
@@ -13,6 +13,7 @@ from starlette.background import BackgroundTask as StockTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ._supervisor import (
+    NOTHING,
     Job,
     Observer,
     Settings,
@@ -478,25 +479,28 @@ class _Request:
         self._handed_over: list[StockTask] = []
         self._job: Job | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Passes on what the application sends, and sees how far that is."""
         kind = message["type"]
-        if kind == "http.response.start":
+        if kind == "http.response.body":
+            if not message.get("more_body", False):
+                return self._send_last(message)
+        elif kind == "http.response.start":
             self._status = message["status"]
         elif kind == "websocket.accept":
             self._accepted = True
-        elif kind == "http.response.pathsend" or (
-            kind == "http.response.body" and not message.get("more_body", False)
-        ):
-            # Cancelled from now on, the server has all of it.
-            self._sent = True
-            try:
-                await self._send(message)
-            except Exception:
-                self._sent = False
-                raise
-            return
-        await self._send(message)
+        elif kind == "http.response.pathsend":
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
+        # Cancelled from now on, the server has all of it.
+        self._sent = True
+        try:
+            await self._send(message)
+        except Exception:
+            self._sent = False
+            raise
 
     def take(self, task: BackgroundTask) -> Awaitable[object] | None:
         """Takes over a task once the response has been sent."""
@@ -505,7 +509,7 @@ class _Request:
         task = plain(task)
         if self.middleware._detach:
             self._handed_over.append(task)
-            return _NOTHING
+            return NOTHING
         return self._give([task, *self._chosen()]).complete()
 
     def adopt(self, task: BackgroundTask) -> bool:
@@ -569,16 +573,6 @@ class _Request:
             if supervisor is not None:
                 supervisor.accept(job, at_once=not self.middleware._detach)
         return job
-
-
-class _Nothing:
-    """What there is to wait for if there is nothing to wait for."""
-
-    def __await__(self) -> Generator[None]:
-        yield from ()
-
-
-_NOTHING = _Nothing()
 
 
 def _limit(name: str, value: Any, least: int) -> float:

@@ -322,7 +322,7 @@ async def test_shutdown_without_tasks_says_nothing(
     async with serving(wrap(detach=detach)) as server:
         await server.call(tasks(lambda: server.log.append("task")))
         await until(lambda: len(server.log) == 2)
-        await until(lambda: server.app.status() == (0, 0, 0, 0))  # type: ignore[attr-defined]
+        await until(lambda: server.app.status()[:4] == (0, 0, 0, 0))  # type: ignore[attr-defined]
     assert server.log == [STARTED, "task", ENDED]
     assert [*map(records, ["INFO", "WARNING", "ERROR"])] == [[], [], []]
 
@@ -1488,7 +1488,7 @@ async def test_no_more_threads_than_allowed_are_used(detach: bool) -> None:
         await held[0].entered.wait()
         await held[1].entered.wait()
         await anyio.wait_all_tasks_blocked()
-        assert app.status() == (5, 0, 2, 3)
+        assert app.status()[:4] == (5, 0, 2, 3)
         # Those of others are free meanwhile.
         await anyio.to_thread.run_sync(server.log.append, "thread")
         for each in held:
@@ -1917,7 +1917,7 @@ async def test_a_lifespan_may_be_run_again(detach: bool) -> None:
             await server.request(group)
             server.stop()
             await anyio.wait_all_tasks_blocked()
-            assert app.status() == (1, 0, 1, 0)
+            assert app.status()[:4] == (1, 0, 1, 0)
             event.set()
         assert states(group) == ["succeeded"]
         assert server.log == [STARTED, ENDED]
@@ -1986,7 +1986,7 @@ def test_two_event_loops_may_share_one_middleware(
             await until(lambda: groups[0].tasks[0].state == "running")  # type: ignore[attr-defined]
             await anyio.to_thread.run_sync(barrier.wait)
             # Each loop has one running and one waiting: the limit is a loop's.
-            seen.append(app.status())
+            seen.append(app.status()[:4])
             await anyio.to_thread.run_sync(barrier.wait)
             server.stop()
             event.set()
@@ -2028,7 +2028,7 @@ async def test_a_request_on_another_event_loop_runs_its_tasks_itself(
 
         async def work() -> None:
             await anyio.lowlevel.checkpoint()
-            seen.append((threading.get_ident(), app.status()))
+            seen.append((threading.get_ident(), app.status()[:4]))
 
         async def main() -> None:
             group = tasks(work, functools.partial(print, end=""), concurrency=1)
@@ -2065,7 +2065,7 @@ async def test_without_a_lifespan_a_request_runs_its_tasks_itself(
     assert log == ["work running POST /here", "last"]
     assert states(group) == ["succeeded", "failed", "succeeded"]
     assert records("ERROR") == ["background task 'fails' failed"]
-    assert app.status() == (0, 0, 0, 0)
+    assert app.status()[:4] == (0, 0, 0, 0)
 
 
 # --- a server that cancels -----------------------------------------------------------
@@ -2529,7 +2529,7 @@ async def test_no_more_groups_run_at_once_than_allowed(
         for turn in range(6):
             await server.request(tasks(functools.partial(work, turn), forget))
         await anyio.wait_all_tasks_blocked()
-        assert app.status() == (limit, 6 - limit, limit, 12 - limit)
+        assert app.status()[:4] == (limit, 6 - limit, limit, 12 - limit)
         # The one that ends first is not the one that was started first.
         for turn in reversed(range(limit)):
             turns[turn].set()
@@ -2576,7 +2576,7 @@ async def test_the_end_of_a_group_starts_the_next(end: str, detach: bool) -> Non
         assert app.status().waiting_groups == 2
         event.set()
         await until(lambda: "last" in server.log)
-        await until(lambda: app.status() == (0, 0, 0, 0))
+        await until(lambda: app.status()[:4] == (0, 0, 0, 0))
 
 
 async def afail(error: BaseException) -> None:
@@ -2618,7 +2618,7 @@ async def test_outstanding_tasks_are_listed(detach: bool) -> None:
     app = wrap(detach=detach, max_running=2)
     first, second = anyio.Event(), anyio.Event()
     async with serving(app) as server:
-        assert app.status() == (0, 0, 0, 0)
+        assert app.status()[:4] == (0, 0, 0, 0)
         assert app.tasks() == []
         before = time.monotonic()
         group = tasks(
@@ -2631,7 +2631,7 @@ async def test_outstanding_tasks_are_listed(detach: bool) -> None:
         await server.request(tasks(both), path="/second")
         await server.request(tasks(named("g", forget)), path="/third")
         await anyio.wait_all_tasks_blocked()
-        assert app.status() == (2, 1, 3, 5)
+        assert app.status()[:4] == (2, 1, 3, 5)
         listed = {task.name: task for task in app.tasks()}
         assert len(listed) == 8
         assert {name: (task.path, task.state) for name, task in listed.items()} == {
@@ -2661,7 +2661,7 @@ async def test_outstanding_tasks_are_listed(detach: bool) -> None:
         )
         assert "a" not in again
         second.set()
-        await until(lambda: app.status() == (0, 0, 0, 0))
+        await until(lambda: app.status()[:4] == (0, 0, 0, 0))
         assert app.tasks() == []
 
 
@@ -2675,7 +2675,7 @@ async def test_a_task_sees_itself_running(detach: bool) -> None:
 
     def look_from_thread() -> None:
         seen.append([(task.name, task.state) for task in app.tasks()])
-        seen.append(app.status())
+        seen.append(app.status()[:4])
 
     async with serving(app) as server:
         await server.request(
@@ -2726,7 +2726,7 @@ async def test_tasks_are_listed_while_the_application_stops(detach: bool) -> Non
         ]
         clean.set()
         await closing.wait()
-        assert app.status() == (0, 0, 0, 0)
+        assert app.status()[:4] == (0, 0, 0, 0)
         assert app.tasks() == []
         closed.set()
 
@@ -2766,7 +2766,7 @@ async def test_any_thread_may_look_at_any_time(detach: bool) -> None:
                 for _ in range(50):
                     await server.request(mixture())
                     await anyio.lowlevel.checkpoint()
-                await until(lambda: app.status() == (0, 0, 0, 0))
+                await until(lambda: app.status()[:4] == (0, 0, 0, 0))
             finally:
                 stop = True
 
@@ -2825,7 +2825,7 @@ async def test_a_job_that_has_ended_leaves_nothing(
         while groups:
             await server.call(groups.pop()[0])
         assert all(ref() for ref in held) or told
-        await until(lambda: app.status() == (0, 0, 0, 0))
+        await until(lambda: app.status()[:4] == (0, 0, 0, 0))
         # What was done last goes with the next steps of event loop and thread.
         await until(lambda: gc.collect() >= 0 and not any(ref() for ref in held))
 
@@ -3132,7 +3132,7 @@ def test_what_was_added_has_either_ended_or_been_named(
                     await anyio.sleep(pause / 1000)
                 if stop_at >= len(requests):
                     stop()
-        assert app.status() == (0, 0, 0, 0)
+        assert app.status()[:4] == (0, 0, 0, 0)
         assert app._supervisors == []
 
     with book.open():

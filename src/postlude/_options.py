@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import anyio
+import anyio.lowlevel
+from starlette.background import BackgroundTask as StockTask
 
 T = TypeVar("T")
 
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 _ATTRIBUTE = "__postlude_options__"
+_numbers = itertools.count(1)
+
+
+class Limiter:
+    """How many calls of a function may go on at once.
+
+    Args:
+        limit: A number, of which each event loop has its own, or a limiter that belongs
+            to the event loop that uses it first.
+    """
+
+    # Where those given to us are in use.
+    _loops: ClassVar[WeakKeyDictionary[anyio.CapacityLimiter, object]] = (
+        WeakKeyDictionary()
+    )
+
+    def __init__(self, limit: int | anyio.CapacityLimiter) -> None:
+        self._limit = limit
+        # Older versions of AnyIO know these by their names.
+        self._made: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = (
+            anyio.lowlevel.RunVar(f"postlude_limiter_{next(_numbers)}")
+        )
+
+    def here(self) -> anyio.CapacityLimiter:
+        """Returns the limiter for the running event loop.
+
+        Raises:
+            RuntimeError: If it belongs to another one.
+        """
+        if isinstance(self._limit, int):
+            return limiter_here(self._made, self._limit)
+        loop = _loop()
+        if self._loops.setdefault(self._limit, loop) != loop:
+            raise RuntimeError(
+                f"{self._limit!r} is in use in another event loop: give task() an int "
+                "as limiter, which makes one for each"
+            )
+        return self._limit
+
+    def __repr__(self) -> str:
+        return repr(self._limit)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,13 +69,32 @@ class Options:
     """What `task` noted on a function; the defaults stand for a plain one."""
 
     name: str | None = None
+    timeout: float | None = None
+    limiter: Limiter | None = None
+    process: bool = False
     always: bool = False
+    # What it was noted on, as `functools.wraps` copies it to other functions.
+    owner: object = None
+
+    @property
+    def are_limits(self) -> bool:
+        """Whether they say more than what to call a task, and when to run it."""
+        limits = self.timeout is not None or self.limiter is not None
+        return limits or self.process
 
 
 _PLAIN = Options()
+_ALWAYS = Options(always=True)
 
 
-def task(*, name: str | None = None, always: bool = False) -> Callable[[T], T]:
+def task(
+    *,
+    name: str | None = None,
+    timeout: float | None = None,
+    limiter: int | anyio.CapacityLimiter | None = None,
+    process: bool = False,
+    always: bool = False,
+) -> Callable[[T], T]:
     """Declares how a function behaves as a background task.
 
     The function stays what it was: the same object, called as before. Only a callable
@@ -44,28 +111,34 @@ def task(*, name: str | None = None, always: bool = False) -> Callable[[T], T]:
             from postlude import task
 
 
-            @task(name="receipts.send", always=True)
+            @task(name="receipts.send", timeout=30, limiter=5)
             async def send_receipt(order: int) -> None: ...
 
     Args:
         name: What logs and notes call the task. By default the dotted name
             of the function, such as `shop.receipts.send_receipt`.
-        always: Whether the task also runs when the request was cancelled or, with
-            `postlude.responses`, when the response could not be sent completely.
+        timeout: How long the task may take, in seconds; then it fails with
+            `TimeoutError`. An async function is cancelled, a process killed. A thread
+            cannot be stopped: it goes on, keeps its place among the threads until it
+            ends, and may delay the exit. The time that the task waits for its turn,
+            a thread, or the start of a process does not count.
+        limiter: How many tasks of this function may run at once in an event loop, or
+            the limiter that they share with whatever else uses it, in one event loop.
+        process: Whether to run the function, which must not be async, in a process of
+            its own, which it may keep busy. Function and arguments are pickled when
+            the task is added. Context variables do not go there, and neither what it
+            returns nor what it prints comes back.
+        always: Whether the task also runs when the request failed or was cancelled,
+            with `BackgroundTasksMiddleware` or `postlude.responses`.
 
     Raises:
-        TypeError: If `name` is not a string, `always` is not a bool, or what is
-            decorated is not callable.
-        ValueError: If `name` is empty.
+        TypeError: If an option is of the wrong type, `process` is declared for an async
+            function, or what is decorated is not callable.
+        ValueError: If `name` is empty, or `timeout` or `limiter` is too small.
 
     .. versionadded:: 0.1.0
     """
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"name must be a string, not {name!r}")
-    if name == "":
-        raise ValueError("name must not be empty; leave it out for the function's own")
-    if not isinstance(always, bool):
-        raise TypeError(f"always must be True or False, not {always!r}")
+    _check(name, timeout, limiter, process=process, always=always)
 
     def declare(func: T) -> T:
         target: Any = func
@@ -73,19 +146,59 @@ def task(*, name: str | None = None, always: bool = False) -> Callable[[T], T]:
             target = cast("Any", target).__func__
         if not callable(target):
             raise TypeError(f"task() decorates a callable, not {func!r}")
+        if process and StockTask(target).is_async:
+            raise TypeError(
+                f"process=True is for functions that are not async, not {target!r}"
+            )
         earlier = options_of(target)
-        options = dataclasses.replace(
-            earlier, name=name or earlier.name, always=always or earlier.always
+        if earlier.process:
+            check_outermost(target)
+        options = Options(
+            name=name or earlier.name,
+            timeout=timeout or earlier.timeout,
+            limiter=earlier.limiter if limiter is None else Limiter(limiter),
+            process=process or earlier.process,
+            always=always or earlier.always,
+            owner=target,
         )
         try:
             setattr(target, _ATTRIBUTE, options)
         except (AttributeError, TypeError):
             target = functools.partial(target)
+            options = dataclasses.replace(options, owner=target)
             setattr(target, _ATTRIBUTE, options)
             return cast(T, target)
         return func
 
     return declare
+
+
+def _check(
+    name: Any, timeout: Any, limiter: Any, *, process: object, always: object
+) -> None:
+    """Refuses options that make no sense."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    if name == "":
+        raise ValueError("name must not be empty; leave it out for the function's own")
+    if not isinstance(timeout, int | float | None) or isinstance(timeout, bool):
+        raise TypeError(
+            f"timeout must be seconds, or None for no limit, not {timeout!r}"
+        )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(
+            f"timeout must be more than 0, or None for no limit, not {timeout!r}"
+        )
+    kinds = int | anyio.CapacityLimiter | None
+    if not isinstance(limiter, kinds) or isinstance(limiter, bool):
+        raise TypeError(
+            f"limiter must be an int or an anyio.CapacityLimiter, not {limiter!r}"
+        )
+    if isinstance(limiter, int) and limiter < 1:
+        raise ValueError(f"limiter must be at least 1, not {limiter!r}")
+    for option, value in {"process": process, "always": always}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} must be True or False, not {value!r}")
 
 
 def options_of(func: object) -> Options:
@@ -100,6 +213,35 @@ def options_of(func: object) -> Options:
         func = func.func
     options = getattr(_call_method(func), _ATTRIBUTE, None)
     return options if type(options) is Options else _PLAIN
+
+
+def run_options_of(func: object) -> Options | None:
+    """Returns the options that matter to how a callable runs, if there are any."""
+    options = options_of(func)
+    if options.are_limits:
+        return options
+    # One object, so that it is told at once which tasks may share a thread.
+    return _ALWAYS if options.always else None
+
+
+def check_outermost(func: object) -> None:
+    """Refuses a function that has the note only from another one, which it calls.
+
+    Raises:
+        TypeError: If it is such a function.
+    """
+    owner = options_of(func).owner
+    while func is not owner:
+        if isinstance(func, functools.partial):
+            func = func.func
+        elif isinstance(func, MethodType):
+            func = func.__func__
+        elif _call_method(func) is owner:
+            return
+        else:
+            raise TypeError(
+                f"task(process=True) must be the outermost decorator of {name_of(func)}"
+            )
 
 
 def name_of(func: object) -> str:
@@ -204,3 +346,21 @@ def call_fits(
 
 def _call_method(func: object) -> Any:
     return getattr(type(func), "__call__", None)  # noqa: B004
+
+
+def limiter_here(
+    variable: anyio.lowlevel.RunVar[anyio.CapacityLimiter], limit: int
+) -> anyio.CapacityLimiter:
+    """Returns the running event loop's limiter."""
+    limiter = variable.get(None)
+    if limiter is None:
+        limiter = anyio.CapacityLimiter(limit)
+        variable.set(limiter)
+    return limiter
+
+
+def _loop() -> asyncio.AbstractEventLoop | object:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return anyio.lowlevel.current_token()

@@ -32,6 +32,7 @@ from starlette.background import BackgroundTasks as StockTasks
 from starlette.types import Scope
 from typing_extensions import override
 
+from ._limits import Call
 from ._tasks import (
     _CANCELLED,
     _COROUTINE,
@@ -50,7 +51,9 @@ from ._tasks import (
     _fails,
     _group,
     _in_context,
+    _is_always,
     _is_interrupt,
+    _is_limited,
     _leaves,
     _log_failures,
     _prepare,
@@ -92,6 +95,8 @@ class Settings(NamedTuple):
     limiter: anyio.lowlevel.RunVar[anyio.CapacityLimiter]
     # The jobs that run within their requests.
     unsupervised: set[Job]
+    # Calls that have been given up, but whose threads go on.
+    left_behind: set[Call]
 
 
 class Job:
@@ -245,7 +250,9 @@ class Job:
                 trip = strand.trip
                 unfinished += trip.abandon()
             elif strand.task is not None:
-                unfinished.append(f"{strand.task.name!r} (stopped)")
+                goes_on = strand.call is not None and strand.call.is_in_thread
+                what = "its thread goes on" if goes_on else "stopped"
+                unfinished.append(f"{strand.task.name!r} ({what})")
             pending += strand.tasks[strand.reached() :]
         rest = Job([], self.request, self._settings, None)
         await cut_short(
@@ -313,6 +320,8 @@ class Job:
                 strand.run.stop()
             elif strand.trip is not None and not strand.trip.awaits:
                 strand.trip.stop()
+            elif strand.call is not None and strand.call.is_in_thread:
+                continue
             elif strand.task is not None or strand.trip is not None:
                 self._cancel(strand)
 
@@ -387,7 +396,8 @@ class Job:
         _log_failures(failures, describe(self.request))
 
     def _left_of(self, strand: _Strand) -> Iterator[tuple[BackgroundTask, str]]:
-        task, in_thread = strand.task, False
+        task = strand.task
+        in_thread = strand.call is not None and strand.call.is_in_thread
         if strand.trip is not None:
             task, in_thread = strand.trip.under_way()
         if task is not None:
@@ -427,7 +437,9 @@ class Job:
                 task: Any = tasks[position]
                 # To tell that one is none of the special takes as long as it does.
                 is_plain = (
-                    type(task) is BackgroundTask and type(task.func) is FunctionType
+                    type(task) is BackgroundTask
+                    and task._options is None
+                    and type(task.func) is FunctionType
                 )
                 if not is_plain and (inner := self._enter(strand, task)) is not None:
                     strand.position = position + 1
@@ -435,7 +447,7 @@ class Job:
                     if strand.group is not None and strand.group._concurrency > 1:
                         await self._run_concurrently(strand, strand.group)
                     continue
-                if not task.is_async and (is_plain or not _overrides_call(task)):
+                if not task.is_async and (is_plain or _shares_thread(task)):
                     await self._make_trip(strand, task)
                     continue
                 strand.position = position + 1
@@ -454,7 +466,7 @@ class Job:
                         context.run(home.set, self)
                         call = task.func(*task.args, **task.kwargs)
                     else:
-                        call = self._call(task)
+                        call = self._call(strand, task)
                     await _in_context(context, call)
                 except BaseException as exc:
                     if not self.fails(task, exc, strand.failures):
@@ -462,7 +474,7 @@ class Job:
                 else:
                     task._state = _SUCCEEDED
                 task._finished = time()
-                strand.task = None
+                strand.task = strand.call = None
                 native = strand.native or self.native
                 if native is not None and native.cancelling():
                     await self._forgive(native)
@@ -553,18 +565,24 @@ class Job:
             while native.cancelling():
                 native.uncancel()
 
-    async def _call(self, task: BackgroundTask) -> None:
+    async def _call(self, strand: _Strand, task: BackgroundTask) -> None:
         home.set(self)
-        call: Callable[..., Any] = task.func
+        call: Callable[[], Awaitable[object]]
         if type(task) is not BackgroundTask and _overrides_call(task):
             # It runs here and now, in the context that it is in already.
             call, task._context = task.__call__, None
+        elif _is_limited(task):
+            settings = self._settings
+            strand.call = Call(task, self.threads(), settings.left_behind)
+            call = strand.call.complete
+        else:
+            call = partial(task.func, *task.args, **task.kwargs)
         if not self._settings.observers:
-            await call(*task.args, **task.kwargs)
+            await call()
             return
         self._accept(task)
         with _observed(task, self._settings.observers):
-            await call(*task.args, **task.kwargs)
+            await call()
 
     async def _run_concurrently(self, strand: _Strand, group: BackgroundTasks) -> None:
         async def run_one(task: StockTask) -> list[Failure]:
@@ -699,6 +717,7 @@ class _Strand:
     """A list of tasks that run one after the other, and how far they have come."""
 
     __slots__ = (
+        "call",
         "failures",
         "group",
         "handle",
@@ -728,9 +747,11 @@ class _Strand:
         self.handle: BackgroundTask | None = None
         self.position = 0
         self.failures: list[Failure] = []
-        # What is under way: a task on the event loop, a trip to a worker thread, or a
-        # group whose tasks are on strands of their own, as several run at once.
+        # What is under way: a task on the event loop, or called within limits; a trip
+        # to a worker thread; or a group whose tasks are on strands of their own, as
+        # several run at once.
         self.task: BackgroundTask | None = None
+        self.call: Call | None = None
         self.trip: _Trip | None = None
         self.run: _ConcurrentRun | None = None
 
@@ -958,10 +979,9 @@ class Supervisor:
         return not self._running
 
     def _names(self) -> str:
-        counts = Counter(
+        return _listed(
             task.name for job in self.jobs() for task, _ in job.outstanding()
         )
-        return ", ".join(f"{name!r} ({count})" for name, count in counts.items())
 
     def _tell_lost(self) -> None:
         """Says in the log what jobs have left undone, and to the observers."""
@@ -973,6 +993,13 @@ class Supervisor:
                 "%d background tasks lost: %s",
                 len(lost),
                 ", ".join(f"{task.name!r} ({where})" for task, where in lost),
+            )
+        names = [call.task.name for call in self._settings.left_behind]
+        if names and self._closed:
+            logger.warning(
+                "threads of background tasks that have been given up go on, and may "
+                "delay the exit: %s",
+                _listed(names),
             )
         for task, _ in lost:
             _tell(self._settings.observers, "lost", task)
@@ -1043,10 +1070,20 @@ def _tell(observers: tuple[Observer, ...], what: str, task: BackgroundTask) -> N
                 method(task)
 
 
+def _listed(names: Iterable[str]) -> str:
+    counts = Counter(names)
+    return ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+
+
 def _plain_group(task: object) -> BackgroundTasks | StockTasks | None:
     """Returns the group that a task is or runs, if that runs its tasks as a list."""
     group = _group(task)
     return None if group is None or _overrides_call(group) else group
+
+
+def _shares_thread(task: BackgroundTask) -> bool:
+    """Whether a sync task can be called in one trip to a thread with others."""
+    return not _overrides_call(task) and not _is_limited(task)
 
 
 def _overrides_call(task: StockTask) -> bool:
@@ -1070,7 +1107,7 @@ def give_up(tasks: list[StockTask], why: str, scope: Scope) -> list[StockTask]:
     names: list[str] = []
     _set_state(tasks, _CANCELLED)
     for task in map(_handle, _singles(tasks)):
-        if task._always:
+        if _is_always(task):
             task._state = _PENDING
             always.append(task)
         else:
@@ -1125,7 +1162,7 @@ def _set_state(tasks: Iterable[StockTask], state: TaskState) -> None:
 def _handle(task: StockTask) -> BackgroundTask:
     """Returns the task itself, or for what is none of ours, one of ours."""
     if isinstance(task, BackgroundTask) and not isinstance(task, BackgroundTasks):
-        if "_always" not in vars(task):
+        if "_options" not in vars(task):
             _prepare(task)
         return task
     handle = BackgroundTask.__new__(BackgroundTask)

@@ -44,7 +44,17 @@ from starlette.background import BackgroundTask as StockTask
 from starlette.background import BackgroundTasks as StockTasks
 from typing_extensions import override
 
-from ._options import GENERATOR, call_fits, check_call, name_of, options_of
+from ._limits import Call
+from ._options import (
+    GENERATOR,
+    Options,
+    call_fits,
+    check_call,
+    check_outermost,
+    name_of,
+    options_of,
+    run_options_of,
+)
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -60,6 +70,8 @@ _THREADS = 40
 _limiter: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
     "postlude_threads"
 )
+# Calls that have been given up, but whose threads go on.
+_left_behind: set[Call] = set()
 # How long tasks may share a thread before others have their turn, and how often they
 # look for a cancellation meanwhile: to look takes longer than a short task.
 _TRIP_SECONDS = 0.005
@@ -179,7 +191,9 @@ class BackgroundTask(StockTask):
     is_async: bool
 
     # Set by the constructor: defaults on the class would slow each run by a tenth.
-    _always: bool
+    # None unless they matter to how the task runs.
+    _options: Options | None
+    _pickled: bytes | None = None
     _context: Context | None
     _state: TaskState
     _started: float | None
@@ -202,11 +216,13 @@ class BackgroundTask(StockTask):
             self.args = args
             self.kwargs = kwargs
             self.is_async = flags & _COROUTINE != 0
-            self._always = False
+            self._options = None
         else:
             check_call(func, args, kwargs)
             super().__init__(func, *args, **kwargs)
-            self._always = options_of(func).always
+            self._options = options = run_options_of(func)
+            if options is not None and options.process:
+                self._pickled = _pickle(func, args, kwargs)
         self._state = _PENDING
         self._started = None
         self._finished = None
@@ -225,7 +241,7 @@ class BackgroundTask(StockTask):
                 calling `sys.exit()`, or a cancellation that nobody asked for; that is
                 the cause.
         """
-        if "_always" not in vars(self):
+        if "_options" not in vars(self):
             _prepare(self)
         if (here := home.get()) and (taken := here.take(self)) is not None:
             await taken
@@ -527,7 +543,7 @@ async def _run_always(tasks: list[StockTask], trip: _Trip | None) -> None:
         raise left.pop()
 
 
-async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short tasks
+async def _run_in_order(  # noqa: PLR0912, PLR0915 - in one piece for the sake of short tasks
     tasks: list[StockTask], direct: Any = None
 ) -> list[Failure]:
     """Runs tasks one after the other and returns what failed.
@@ -555,16 +571,18 @@ async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short t
                     if not _fails(task, exc, failures, _leaves):
                         raise
                 now = time()
-            elif task.is_async:
+            elif task.is_async or _is_limited(task):
                 position += 1
                 task._state = _RUNNING
                 task._started = now
                 try:
-                    if task._context is None and not task._always:
+                    options = task._options
+                    if task._context is None and options is None:
                         await task.func(*task.args, **task.kwargs)
                     else:
                         context = task._context and task._context.copy()
-                        await _await(_call(task), context, shield=task._always)
+                        shield = options is not None and options.always
+                        await _await(_call(task), context, shield=shield)
                 except BaseException as exc:
                     if not _fails(task, exc, failures, _leaves):
                         raise
@@ -584,7 +602,9 @@ async def _run_in_order(  # noqa: PLR0912 - in one piece for the sake of short t
             unfinished += trip.abandon()
             position = trip.position
         elif not _tells_itself(task, direct):
-            unfinished.append(f"{_name(task)!r} (stopped)")
+            goes_on = any(call.task is task for call in _left_behind)
+            what = "its thread goes on" if goes_on else "stopped"
+            unfinished.append(f"{_name(task)!r} ({what})")
         _log_failures(failures)
         await cut_short(
             tasks,
@@ -692,7 +712,7 @@ class _Trip:
         try:
             limiter = _worker_threads() if self._job is None else self._job.threads()
             trip = anyio.to_thread.run_sync(self._work, limiter=limiter)
-            if task._always:
+            if task._options is not None:
                 with anyio.CancelScope(shield=True):
                     await trip
             else:
@@ -708,7 +728,8 @@ class _Trip:
             if self._job is not None:
                 self._job.hears(self)
             try:
-                await _await(awaitable, context, shield=task._always)
+                shield = task._options is not None
+                await _await(awaitable, context, shield=shield)
             except BaseException as exc:
                 if not self._fails(task, exc):
                     raise
@@ -757,7 +778,8 @@ class _Trip:
         tasks, direct, position = self._tasks, self._direct, self.position
         call = None if self._job is None else self._job.call
         first: Any = tasks[position]
-        always = first._always
+        # Those without limits: there is none, or what says that it always runs.
+        options = first._options
         # As `with lock`, which for a short task would be a tenth of the costs.
         acquire, release = self._lock.acquire, self._lock.release
         began = check_at = now = time()
@@ -766,7 +788,7 @@ class _Trip:
             if type(task) is not BackgroundTask and task is not direct:
                 return
             # The trip is shielded from cancellation, or not, as a whole.
-            if task.is_async or task._always is not always:
+            if task.is_async or task._options is not options:
                 return
             position += 1
             acquire()
@@ -803,7 +825,7 @@ class _Trip:
                 return
             # For anyio's cancellation; of asyncio's own the flag tells.
             check_at = now + _CHECK_SECONDS
-            if position < len(tasks) and not always:
+            if position < len(tasks) and options is None:
                 anyio.from_thread.check_cancelled()
 
     def _hand_back(
@@ -953,7 +975,7 @@ def _name(task: StockTask) -> str:
 
 def _prepare(task: BackgroundTask) -> None:
     """Sets what our constructor does, which that of a subclass may not have called."""
-    task._always = options_of(task.func).always
+    task._options = run_options_of(task.func)
     task._context = None
     task._state = _PENDING
     task._started = task._finished = None
@@ -979,8 +1001,25 @@ def _worker_threads() -> anyio.CapacityLimiter:
         return limiter
 
 
+def _is_limited(task: BackgroundTask) -> bool:
+    return task._options is not None and task._options.are_limits
+
+
+def _pickle(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bytes:
+    """Returns a call as a process takes it."""
+    from ._processes import pickle_call  # noqa: PLC0415 - few have need of processes
+
+    check_outermost(func)
+    return pickle_call(func, args, kwargs, name_of(func))
+
+
 async def _call(task: BackgroundTask) -> None:
-    await task.func(*task.args, **task.kwargs)
+    if _is_limited(task):
+        await Call(task, _worker_threads(), _left_behind).complete()
+    else:
+        await task.func(*task.args, **task.kwargs)
 
 
 async def _await(

@@ -161,6 +161,8 @@ class Status(NamedTuple):
     """How many tasks are running."""
     waiting_tasks: int
     """How many tasks have not been started, in groups of either kind."""
+    threads_left_behind: int = 0
+    """How many threads go on with tasks that have failed, as they took too long."""
 
 
 class BackgroundTasksMiddleware:
@@ -257,6 +259,7 @@ class BackgroundTasksMiddleware:
             # Older versions of AnyIO know these by their names.
             limiter=anyio.lowlevel.RunVar(f"postlude_threads_{next(_numbers)}"),
             unsupervised=set(),
+            left_behind=set(),
         )
         # Usually one; one for each event loop that has run the lifespan.
         self._supervisors: list[Supervisor] = []
@@ -322,6 +325,7 @@ class BackgroundTasksMiddleware:
             sum(waiting for _, waiting in groups),
             sum(running for running, _ in counts),
             sum(waiting for _, waiting in counts),
+            len(self._settings.left_behind),
         )
 
     def tasks(self) -> list[OutstandingTask]:

@@ -469,7 +469,8 @@ class Job:
                         call = self._call(strand, task)
                     await _in_context(context, call)
                 except BaseException as exc:
-                    if not self.fails(task, exc, strand.failures):
+                    # Log records carry what is in the context, request ids say.
+                    if not context.run(self.fails, task, exc, strand.failures):
                         raise
                 else:
                     task._state = _SUCCEEDED

@@ -731,7 +731,7 @@ class _Trip:
                 shield = task._options is not None
                 await _await(awaitable, context, shield=shield)
             except BaseException as exc:
-                if not self._fails(task, exc):
+                if not context.run(self._fails, task, exc):
                     raise
             else:
                 task._state = _SUCCEEDED
@@ -812,7 +812,7 @@ class _Trip:
                     self._hand_back(task, result, context)
                     return
             except BaseException as exc:
-                if not self._fails_in_thread(task, exc):
+                if not context.run(self._fails_in_thread, task, exc):
                     raise
             else:
                 task._state = _SUCCEEDED

@@ -3117,6 +3117,29 @@ async def test_observers_are_told_of_a_task_when_it_is_accepted(mode: Mode) -> N
     assert made[0].exception is None
 
 
+@only("waiting without lifespan", "detached without lifespan")
+async def test_observers_are_told_once_of_a_task_that_runs_all_the_same(
+    mode: Mode,
+) -> None:
+    log: list[str] = []
+    watching = Watching(log)
+    held = Held()
+
+    def answer() -> Response:
+        add_task(held.func)
+        add_task(noting(log, "always", always=True))
+        return Response()
+
+    async with (
+        served(answering(answer), mode, observers=[watching]) as wrapped,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(request, wrapped)
+        await held.entered.wait()
+        group.cancel_scope.cancel()
+    assert watching.count("+")["always"] == watching.count("<")["always"] == 1
+
+
 async def test_observers_are_told_of_each_run_of_a_task(mode: Mode) -> None:
     log: list[str] = []
     watching = Watching(log)

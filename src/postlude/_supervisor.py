@@ -255,6 +255,7 @@ class Job:
                 unfinished.append(f"{strand.task.name!r} ({what})")
             pending += strand.tasks[strand.reached() :]
         rest = Job([], self.request, self._settings, None)
+        rest._accepted = self._accepted
         await cut_short(
             pending, cause, logging.WARNING, unfinished=unfinished, here=rest
         )

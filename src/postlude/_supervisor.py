@@ -113,6 +113,7 @@ class Job:
         "_accepted",
         "_handles",
         "_is_lost",
+        "_observers",
         "_settings",
         "_stopping",
         "_strands",
@@ -144,6 +145,10 @@ class Job:
         self.context: Context | None = None
         self._tasks = tasks
         self._settings = settings
+        self._observers = settings.observers
+        if logger.isEnabledFor(logging.DEBUG):
+            # The innermost, so that its records carry what the others set.
+            self._observers += (partial(_logged, request=scope),)
         self._supervisor = supervisor
         self._strands: list[_Strand] = [_Strand(tasks)]
         self._stopping = False
@@ -151,7 +156,7 @@ class Job:
         self._waiters: list[Callable[[], None]] = []
         self._handles: dict[int, BackgroundTask] = {}
         self._accepted: dict[int, object] = {}
-        if settings.observers:
+        if self._observers:
             for task in self._singles(tasks):
                 self._accept(task)
 
@@ -177,7 +182,7 @@ class Job:
             if not self.is_open:
                 return False
             self._tasks += tasks
-        if self._settings.observers:
+        if self._observers:
             for task in self._singles(tasks):
                 self._accept(task)
         return True
@@ -303,7 +308,7 @@ class Job:
                 handle._state = _LOST
         for task, _ in lost:
             task._state = _LOST
-            if self._settings.observers:
+            if self._observers:
                 # It may have been added to a group without the job's knowledge.
                 self._accept(task)
         return lost
@@ -364,11 +369,11 @@ class Job:
     def call(self, task: BackgroundTask) -> Any:
         """Calls the function of a sync task, in the task's context."""
         home.set(self)
-        if not self._settings.observers:
+        if not self._observers:
             return task.func(*task.args, **task.kwargs)
         self._accept(task)
         with ExitStack() as stack:
-            stack.enter_context(_observed(task, self._settings.observers))
+            stack.enter_context(_observed(task, self._observers))
             result = task.func(*task.args, **task.kwargs)
             if isawaitable(result):
                 return Watched(stack.pop_all(), result)
@@ -425,7 +430,7 @@ class Job:
         The tasks of a group run on a strand of their own, and then this one goes on.
         """
         strand = first
-        is_bare = not self._settings.observers
+        is_bare = not self._observers
         try:
             while True:
                 tasks, position = strand.tasks, strand.position
@@ -579,11 +584,11 @@ class Job:
             call = strand.call.complete
         else:
             call = partial(task.func, *task.args, **task.kwargs)
-        if not self._settings.observers:
+        if not self._observers:
             await call()
             return
         self._accept(task)
-        with _observed(task, self._settings.observers):
+        with _observed(task, self._observers):
             await call()
 
     async def _run_concurrently(self, strand: _Strand, group: BackgroundTasks) -> None:
@@ -627,7 +632,7 @@ class Job:
         mark = object()
         # Atomic, as other threads add tasks as well.
         if self._accepted.setdefault(id(task), mark) is mark:
-            _tell(self._settings.observers, "accepted", task)
+            _tell(self._observers, "accepted", task)
 
 
 class _Ahead(Coroutine[Any, Any, None]):
@@ -1043,6 +1048,24 @@ def _observed(task: BackgroundTask, observers: tuple[Observer, ...]) -> Generato
                 kind = None if cause is None else type(cause)
                 manager.__exit__(kind, cause, traceback)
         del cause, traceback
+
+
+@contextmanager
+def _logged(task: BackgroundTask, request: Scope) -> Generator[None]:
+    """Logs when a task starts, and when and how it ends."""
+    extra = {"task_name": task.name, "task_id": task.id, **describe(request)}
+    logger.debug("background task %r started", task.name, extra=extra)
+    began = monotonic()
+    how = "ended"
+    try:
+        yield
+    except BaseException as exc:
+        how = f"raised {type(exc).__name__}"
+        raise
+    finally:
+        took = monotonic() - began
+        message = "background task %r %s after %.3f s"
+        logger.debug(message, task.name, how, took, extra=extra)
 
 
 @contextmanager

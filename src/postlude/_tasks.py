@@ -17,7 +17,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from contextvars import Context, ContextVar, copy_context
 from datetime import UTC, datetime
 from threading import Lock, get_ident, main_thread
@@ -1174,17 +1174,19 @@ def _log_failures(
 class Watched:
     """What a sync task has returned to be awaited, with the observers around it."""
 
-    def __init__(self, stack: ExitStack, result: Awaitable[object]) -> None:
-        self._stack = stack
+    def __init__(
+        self, observed: AbstractContextManager[None], result: Awaitable[object]
+    ) -> None:
+        self._observed = observed
         self._result = result
 
     def __await__(self) -> Generator[Any, None, None]:
-        with self._stack:
+        with self._observed:
             yield from self._result.__await__()
 
     def close(self) -> None:
         """Gives up what has not been awaited."""
-        with self._stack:
+        with self._observed:
             _discard(self._result)
 
 

@@ -255,6 +255,11 @@ class BackgroundTasksMiddleware:
             max_running=_limit("max_running", max_running, 1),
             threads=_limit("threads", threads, 1),
             observers=observers,
+            accepting=tuple(
+                observer
+                for observer in observers
+                if callable(getattr(observer, "accepted", None))
+            ),
             on_lost=on_lost,
             # Older versions of AnyIO know these by their names.
             limiter=anyio.lowlevel.RunVar(f"postlude_threads_{next(_numbers)}"),

@@ -32,6 +32,7 @@ def test_a_quick_benchmark_prints_a_row_for_each_measure() -> None:
         "10 sync",
         "100 sync",
         "10, sync and async by turns",
+        "10 sync, ours with an observer",
     ]
     for label in "async function", "sync function":
         assert f"| A waiting task, {label}, bytes | " in table

@@ -48,6 +48,7 @@ SECTIONS: dict[str, dict[str, Measure]] = {
         "run 10 sync": Measure("10 sync", 8, 12),
         "run 100 sync": Measure("100 sync", 40, 100),
         "run 10 mixed": Measure("10, sync and async by turns"),
+        "observed 10 sync": Measure("10 sync, ours with an observer", 5),
     },
     "Requests a second on uvicorn": {
         "postlude 1-async": Measure("1 async task", 0.95, 1),

@@ -7,12 +7,15 @@ round. Prints JSON: per measure, the medians of the microseconds and of the rati
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from statistics import median
 from time import perf_counter
 from typing import TypeAlias
 
 import starlette.background
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import postlude
 
@@ -74,6 +77,65 @@ def running(
     return seconds
 
 
+@contextmanager
+def observe(task: postlude.BackgroundTask) -> Generator[None]:
+    yield
+
+
+@asynccontextmanager
+async def alive(app: ASGIApp) -> AsyncGenerator[None]:
+    """Keeps an application's lifespan going."""
+    started, stopping = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        if not started.is_set():
+            return {"type": "lifespan.startup"}
+        await stopping.wait()
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Message) -> None:
+        started.set()
+
+    running = asyncio.ensure_future(app({"type": "lifespan"}, receive, send))
+    await started.wait()
+    yield
+    stopping.set()
+    await running
+
+
+async def send(message: Message) -> None: ...
+
+
+async def receive() -> Message:
+    return {"type": "http.request"}
+
+
+async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+    await scope["response"](scope, receive, send)
+
+
+def observed(count: int) -> Callable[[Kind], Awaitable[float]]:
+    """Measures requests whose tasks, if they are ours, have an observer."""
+    app = postlude.BackgroundTasksMiddleware(respond, observers=[observe])
+
+    async def seconds(kind: Kind) -> float:
+        scopes: list[Scope] = []
+        for _ in range(BATCH // count):
+            group = kind()
+            for _ in range(count):
+                group.add_task(do_nothing_sync)
+            response = Response(background=group)
+            scopes.append({"type": "http", "response": response})
+        async with alive(app):
+            serve = app if kind is postlude.BackgroundTasks else respond
+            began = perf_counter()
+            for scope in scopes:
+                await serve(scope, receive, send)
+            return (perf_counter() - began) / len(scopes)
+
+    return seconds
+
+
 MEASURES = {
     "add async": adding(add_async),
     "add sync": adding(add_sync),
@@ -84,6 +146,7 @@ MEASURES = {
     "run 10 sync": running(10, do_nothing_sync),
     "run 100 sync": running(100, do_nothing_sync),
     "run 10 mixed": running(10, do_nothing_sync, do_nothing),
+    "observed 10 sync": observed(10),
 }
 
 

@@ -28,6 +28,7 @@ default_role = "code"
 # Builds need no network, so no inventory of others' names: only ours are checked.
 nitpick_ignore_regex = [
     ("py:.*", r"(anyio|collections|contextlib|datetime|starlette|types|typing)\..*"),
+    ("py:.*", r"(opentelemetry|prometheus_client)\..*"),
     ("py:.*", "|".join(dir(builtins))),
     # What annotations are short for.
     ("py:class", r"ASGIApp|Observer|URL|ContentStream|os\..*"),

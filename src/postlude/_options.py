@@ -247,8 +247,11 @@ def check_outermost(func: object) -> None:
 def name_of(func: object) -> str:
     """Returns what a callable is called: its declared name, or its dotted one."""
     declared = options_of(func).name
-    if declared is not None:
-        return declared
+    return dotted_name_of(func) if declared is None else declared
+
+
+def dotted_name_of(func: object) -> str:
+    """Returns the name of a callable's function, its module's included."""
     while isinstance(func, functools.partial):
         func = func.func
     qualname = getattr(func, "__qualname__", None)

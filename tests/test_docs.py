@@ -1,7 +1,10 @@
 """Each Python block of the README, the documentation and the docstrings runs."""
 
+import logging
+from collections.abc import Generator
 from pathlib import Path
 
+import prometheus_client
 import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
@@ -15,6 +18,20 @@ SYBIL = Sybil(
     [myst.PythonCodeBlockParser(), myst.SkipParser(), rest.PythonCodeBlockParser()],
     document_types={".py": PythonDocStringDocument},
 )
+
+
+@pytest.fixture(autouse=True)
+def as_if_nothing_had_been_run() -> Generator[None]:
+    """Undoes what a page sets up for a whole process."""
+    logger, registry = logging.getLogger("postlude"), prometheus_client.REGISTRY
+    handlers, collectors = {*logger.handlers}, {*registry._collector_to_names}
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    for handler in {*logger.handlers} - handlers:
+        logger.removeHandler(handler)
+    for collector in {*registry._collector_to_names} - collectors:
+        registry.unregister(collector)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each example, as a process that serves real clients."""
 
+import json
 import re
 import runpy
 import shlex
@@ -396,3 +397,45 @@ def test_the_health_endpoint_lists_what_is_running_and_waiting(tmp_path: Path) -
         counts = ["running_groups", "waiting_groups", "running_tasks", "waiting_tasks"]
         idle: dict[str, object] = {**dict.fromkeys(counts, 0), "tasks": []}
         wait_until(lambda: httpx2.get(f"{server.url}/healthz").json() == idle)
+
+
+def test_the_metrics_tell_how_tasks_have_ended(tmp_path: Path) -> None:
+    ended = [
+        'postlude_tasks_finished_total{outcome="succeeded",task="send_receipt"} 2.0',
+        'postlude_tasks_finished_total{outcome="succeeded",task="book_courier"} 1.0',
+        'postlude_tasks_finished_total{outcome="failed",task="book_courier"} 1.0',
+    ]
+    with serving("metrics", tmp_path, fails=True) as server:
+        for number in 6, 7:
+            assert httpx2.post(f"{server.url}/orders/{number}").status_code == 202
+
+        def have_ended() -> bool:
+            metrics = httpx2.get(f"{server.url}/metrics").text.splitlines()
+            return {*ended} <= {*metrics}
+
+        wait_until(have_ended)
+    assert "LookupError: no courier for order 6\n" in server.output
+
+
+def test_the_spans_of_tasks_are_linked_from_one_to_the_next(tmp_path: Path) -> None:
+    with serving("tracing", tmp_path, fails=True) as server:
+        assert httpx2.post(f"{server.url}/orders/7").status_code == 202
+        wait_until(lambda: '"name": "archive"' in server.output)
+        # What is printed of a span is printed in one piece.
+        objects = re.findall(r"^\{\n.*?^\}$", server.output, re.DOTALL | re.MULTILINE)
+    spans = {span["name"]: span for span in map(json.loads, objects)}
+
+    def links(name: str) -> list[str]:
+        return [link["context"]["span_id"] for link in spans[name]["links"]]
+
+    def span_id(name: str) -> str:
+        found: str = spans[name]["context"]["span_id"]
+        return found
+
+    assert links("send_receipt") == [span_id("POST /orders")]
+    assert links("archive") == [span_id("send_receipt")]
+    assert spans["smtp"]["parent_id"] == span_id("send_receipt")
+    assert spans["send_receipt"]["parent_id"] is None
+    status = spans["archive"]["status"]
+    assert status["status_code"] == "ERROR"
+    assert status["description"] == "OSError: the archive is full"

@@ -1,16 +1,27 @@
-"""What is logged of tasks, when, and in which context."""
+"""What is logged of tasks, and what the page on observability shows, at work."""
 
+import io
+import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from observed import Backend, serve, stop
+from sybil import Sybil
+from sybil.parsers import myst
 
 from postlude import BackgroundTask, add_task, task
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Sybil([myst.PythonCodeBlockParser()]).parse(DOCS / "observability.md")
 
 variable: ContextVar[str] = ContextVar("variable", default="")
 each_kind = pytest.mark.parametrize("kind", ["sync", "async", "returned"])
@@ -37,6 +48,7 @@ def adding(*functions: Callable[[], object]) -> Callable[[], None]:
 
     def add() -> None:
         variable.set("request")
+        structlog.contextvars.bind_contextvars(request_id="7")
         for func in functions:
             add_task(func)
 
@@ -163,3 +175,83 @@ def test_records_are_logged_in_the_context_of_the_task_and_its_observers(
     serve(adding(doing(kind, set_and_fail)), anyio_backend, observer)
     inside = ["request, observer, task"] * 2
     assert seen.variables == ["request, observer", *inside]
+
+
+def test_to_import_postlude_imports_nothing_that_observes() -> None:
+    names = "opentelemetry", "prometheus_client", "sentry_sdk", "structlog"
+    code = f"import sys, postlude; print({{*{names}}} & {{*sys.modules}})"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True).strip() == "set()"
+
+
+# --- what the page shows -------------------------------------------------------------
+
+
+def evaluated_page() -> dict[str, Any]:
+    """Returns what the blocks of the page define, but for what they set up for all."""
+    logger = logging.getLogger("postlude")
+    level, handlers = logger.level, [*logger.handlers]
+    for example in PAGE.examples():
+        if "Metrics()" not in example.parsed:
+            example.evaluate()
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    return PAGE.namespace
+
+
+page = pytest.fixture(evaluated_page)
+
+
+@each_kind
+def test_structlog_shows_the_variables_of_request_and_task(
+    kind: str, anyio_backend: Backend, page: dict[str, Any]
+) -> None:
+    handler: logging.StreamHandler[io.StringIO] = page["handler"]
+    handler.setStream(io.StringIO())
+    with handled(handler, logging.INFO):
+        serve(adding(doing(kind, fail)), anyio_backend, page["bound"])
+    [line] = handler.stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert record["exception"].splitlines()[-2:] == [
+        "LookupError: nobody",
+        "in background task 'work'",
+    ]
+    expected = {
+        "event": "background task 'work' failed",
+        "level": "error",
+        "task": "work",
+        "request_id": "7",
+        "request_path": "/",
+    }
+    assert record.items() >= expected.items()
+
+
+def test_the_observer_of_ones_own_tells_of_slow_and_lost_tasks(
+    anyio_backend: Backend, page: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(adding(doing("sync", list)), anyio_backend, page["Slow"](60))
+    assert capsys.readouterr().out == ""
+    stop(anyio_backend, page["Slow"](-1))
+    waited, took, *lost = capsys.readouterr().out.splitlines()
+    assert waited == "running has waited for 0.0 s"
+    assert re.fullmatch(r"running has taken \d+\.\d s", took)
+    assert lost == ["running is lost", "pending is lost"]
+
+
+def test_sentry_is_sent_each_failure_once_in_a_transaction_of_the_task() -> None:
+    script = Path(__file__).with_name("with_sentry.py")
+    printed = subprocess.check_output([sys.executable, script], text=True)
+    events = [json.loads(line) for line in printed.splitlines()]
+    failures = [event for event in events if event.get("level") == "error"]
+    transactions = [
+        event
+        for event in events
+        if event.get("type") == "transaction" and event["transaction"] == "work"
+    ]
+    assert len(transactions) == len(failures) == 2
+    for transaction, failure in zip(transactions, failures, strict=True):
+        traces = [event["contexts"]["trace"] for event in (transaction, failure)]
+        assert traces[0]["trace_id"] == traces[1]["trace_id"]
+        assert failure["exception"]["values"][-1]["type"] == "LookupError"
+        assert failure["tags"].items() >= {"order": "7"}.items()
+        assert failure["request"]["url"] == "http://testserver/"

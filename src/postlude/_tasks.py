@@ -150,6 +150,9 @@ class Home(Protocol):
 # By this a test keeps what is called from running; it returns whether it does.
 keep: Callable[[StockTask], bool] | None = None
 
+# By this a test hears of failures that are logged, as they cannot be raised.
+hear: Callable[[list[Failure]], None] | None = None
+
 # A context that knows of one belongs to a request, and so tasks are to run in a copy.
 home: ContextVar[Home | None] = ContextVar("postlude_home", default=None)
 
@@ -1172,6 +1175,8 @@ def _combined(failures: list[Failure]) -> Exception:
 def _log_failures(
     failures: list[Failure], request: Mapping[str, object] | None = None
 ) -> None:
+    if hear is not None:
+        hear(failures)
     for task, failure in failures:
         extra: dict[str, object] = {"task_name": _name(task), **(request or {})}
         if isinstance(task, BackgroundTask):

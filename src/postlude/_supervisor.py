@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import weakref
 from asyncio.tasks import _enter_task, _leave_task
 from collections import Counter, deque
 from collections.abc import (
@@ -78,6 +79,9 @@ _CALLS = (
 _CLEANUP_SECONDS = 1.5
 _PRESSURE_SECONDS = 0.5
 _PROGRESS_SECONDS = 5
+
+# Those there are, for a test that waits for their jobs: the middleware may be hidden.
+live: set[weakref.ref[Supervisor]] = set()
 
 # Guards the moment in which a request or a job ends against what other threads add.
 lock = Lock()
@@ -821,6 +825,7 @@ class Supervisor:
             self._children = anyio.create_task_group()
             await self._children.__aenter__()
         self._token = self._here()
+        live.add(weakref.ref(self, live.discard))
         return self
 
     async def __aexit__(self, *_: object) -> None:

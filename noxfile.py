@@ -103,7 +103,8 @@ def package(session: nox.Session) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
-    if tops != {"postlude", f"{wheel.name.split('-py3')[0]}.dist-info"}:
+    info = f"{wheel.name.split('-py3')[0]}.dist-info"
+    if tops != {"postlude", "_postlude_pytest.py", info}:
         session.error(f"the wheel must hold the package alone, not {sorted(tops)!r}")
     with tarfile.open(sdist) as archive:
         tops = {name.split("/")[1] for name in archive.getnames()}
@@ -123,13 +124,15 @@ def package(session: nox.Session) -> None:
 
 INSTALLED = """
 import sys
-from importlib import metadata, resources
+from importlib import metadata, resources, util
 import postlude
 about = metadata.metadata("postlude")
 fields = [about[f] for f in ("Version", "License-Expression", "Requires-Python")]
 fields += [r for r in metadata.requires("postlude") if "extra ==" not in r]
 assert fields == sys.argv[1:], fields
 assert resources.files(postlude).joinpath("py.typed").is_file()
+[plugin] = metadata.entry_points(group="pytest11", name="postlude")
+assert util.find_spec(plugin.value), plugin
 """
 
 

@@ -23,6 +23,14 @@ from postlude import (
 )
 from postlude.middleware import OutstandingTask, Status
 from postlude.responses import JSONResponse, StreamingResponse
+from postlude.testing import (
+    CapturedTasks,
+    call,
+    capture_tasks,
+    raise_failures,
+    wait_for_tasks,
+    wait_for_tasks_sync,
+)
 
 
 def sync(number: int, *, text: str = "") -> int:
@@ -139,3 +147,19 @@ assert_type(wrapped.tasks(), list[OutstandingTask])
 assert_type(BackgroundTasksMiddleware.current(), BackgroundTasksMiddleware)
 assert_type(add_task(coroutine, 1), BackgroundTask)
 add_task(sync, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+# In tests.
+with capture_tasks() as captured, raise_failures():
+    assert_type(captured, CapturedTasks)
+    assert_type(captured[0], call)
+    assert_type(captured.tasks, list[BackgroundTask])
+    assert_type(captured == [call(coroutine, 1, text="one")], bool)
+    call(sync, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    captured.run_sync()
+    wait_for_tasks_sync(timeout=None)
+
+
+async def test() -> None:
+    await captured.run()
+    await wait_for_tasks(0.5)
+    captured.run()  # type: ignore[unused-coroutine] # pyright: ignore[reportUnusedCoroutine]

@@ -439,3 +439,15 @@ def test_the_spans_of_tasks_are_linked_from_one_to_the_next(tmp_path: Path) -> N
     status = spans["archive"]["status"]
     assert status["status_code"] == "ERROR"
     assert status["description"] == "OSError: the archive is full"
+
+
+def test_what_fails_is_tried_again_by_whichever_library(tmp_path: Path) -> None:
+    with serving("retries", tmp_path) as server:
+        assert httpx2.post(f"{server.url}/orders/7").status_code == 202
+        # The tasks are drained when the server stops.
+    assert re.findall(r"(?m)^(\w+) .*order 7 at try 3$", server.output) == [
+        "sent",
+        "packed",
+        "booked",
+        "printed",
+    ]

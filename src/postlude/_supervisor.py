@@ -22,7 +22,7 @@ from functools import partial
 from inspect import isawaitable
 from threading import Lock
 from time import monotonic, time
-from types import FunctionType, TracebackType
+from types import FunctionType
 from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 import anyio
@@ -192,6 +192,13 @@ class Job:
             for task in self._singles(tasks):
                 self._accept(task)
         return True
+
+    def begins_here(self) -> bool:
+        """Whether the first task may end before anything has to be waited for."""
+        task: Any = self._tasks[0]
+        if type(task) is BackgroundTasks and task.tasks:
+            task = task.tasks[0]
+        return type(task) is not BackgroundTask or task.is_async
 
     @property
     def is_supervised(self) -> bool:
@@ -379,15 +386,15 @@ class Job:
             return task.func(*task.args, **task.kwargs)
         if self._settings.accepting:
             self._accept(task)
-        observed = _Observed(task, self._observers)
+        entered = _enter(task, self._observers)
         try:
             result = task.func(*task.args, **task.kwargs)
             if result is not None and isawaitable(result):
-                return Watched(observed, result)
+                return Watched(partial(_exit, task, entered), result)
         except BaseException as exc:
-            observed.__exit__(type(exc), exc, exc.__traceback__)
+            _exit(task, entered, exc)
             raise
-        observed.__exit__()
+        _exit(task, entered)
         return result
 
     def fails(
@@ -600,8 +607,13 @@ class Job:
             return
         if self._settings.accepting:
             self._accept(task)
-        with _Observed(task, self._observers):
+        entered = _enter(task, self._observers)
+        try:
             await call()
+        except BaseException as exc:
+            _exit(task, entered, exc)
+            raise
+        _exit(task, entered)
 
     async def _run_concurrently(self, strand: _Strand, group: BackgroundTasks) -> None:
         async def run_one(task: StockTask) -> list[Failure]:
@@ -665,8 +677,8 @@ class _Ahead(Coroutine[Any, Any, None]):
         self._context = Context()
         # What the first step has yielded, until the task hears of it.
         self._yielded: list[Any] = []
-        # What the task waits for until it has a job.
-        self._begun: asyncio.Future[None] = loop.create_future()
+        # What the task waits for if it has its turn before it has a job.
+        self._begun: asyncio.Future[None] | None = None
         self.task = loop.create_task(self, context=Context())
 
     def ends(self, job: Coroutine[Any, Any, None], context: Context) -> bool:
@@ -688,12 +700,14 @@ class _Ahead(Coroutine[Any, Any, None]):
         self._job, self._context = job, context
         # A future is marked from being awaited until its task hears of it.
         self._yielded.append(_mark(yielded, is_awaited=False))
-        _wake(self._begun)
+        if self._begun is not None:
+            _wake(self._begun)
         return False
 
     @override
     def send(self, value: Any) -> Any:
         if self._job is None:
+            self._begun = self._loop.create_future()
             return _mark(self._begun, is_awaited=True)
         if self._yielded:
             return _mark(self._yielded.pop(), is_awaited=True)
@@ -920,9 +934,9 @@ class Supervisor:
     def _start(self, job: Job, *, at_once: bool = False) -> None:
         self._running.add(job)
         if self._loop is not None:
-            # Half the costs of a task in a task group.
+            # A task of asyncio's has half the costs of one in a task group of anyio's.
             # A factory may begin by itself, or wrap what it is given.
-            if at_once and self._loop.get_task_factory() is None:
+            if at_once and job.begins_here() and self._loop.get_task_factory() is None:
                 ahead, self._ahead = self._ahead, None
                 if ahead is None or ahead.task.cancelling():
                     ahead = _Ahead(self._loop)
@@ -1039,42 +1053,40 @@ class Supervisor:
             logger.exception("on_lost failed")
 
 
-class _Observed:
-    """The observers of a task, entered, none of whom can do any harm to it.
+def _enter(
+    task: BackgroundTask, observers: tuple[Observer, ...]
+) -> list[tuple[Observer, AbstractContextManager[object]]]:
+    """Enters the observers of a task, none of whom can do any harm to it.
 
-    A context manager by hand: what is made of a generator takes four times as long.
+    Not a context manager, which would take longer than many a task.
     """
+    entered: list[tuple[Observer, AbstractContextManager[object]]] = []
+    for observer in observers:
+        try:
+            manager = observer(task)
+            manager.__enter__()
+        except BaseException as exc:
+            _contain(exc, observer, task)
+        else:
+            entered.append((observer, manager))
+    return entered
 
-    __slots__ = ("_entered", "_task")
 
-    def __init__(self, task: BackgroundTask, observers: tuple[Observer, ...]) -> None:
-        self._task = task
-        self._entered: list[tuple[Observer, AbstractContextManager[object]]] = []
-        for observer in observers:
-            try:
-                manager = observer(task)
-                manager.__enter__()
-            except BaseException as exc:
+def _exit(
+    task: BackgroundTask,
+    entered: list[tuple[Observer, AbstractContextManager[object]]],
+    cause: BaseException | None = None,
+) -> None:
+    """Tells the observers of the end of a task, and what it has raised."""
+    kind = None if cause is None else type(cause)
+    traceback = None if cause is None else cause.__traceback__
+    for observer, manager in reversed(entered):
+        try:
+            manager.__exit__(kind, cause, traceback)
+        except BaseException as exc:
+            # To raise what the task has raised is what most of them do.
+            if exc is not cause:
                 _contain(exc, observer, task)
-            else:
-                self._entered.append((observer, manager))
-
-    def __enter__(self) -> None:
-        """Does nothing, as the observers have been entered already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        cause: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        for observer, manager in reversed(self._entered):
-            try:
-                manager.__exit__(kind, cause, traceback)
-            except BaseException as exc:
-                # To raise what the task has raised is what most of them do.
-                if exc is not cause:
-                    _contain(exc, observer, self._task)
 
 
 def _contain(exc: BaseException, observer: Observer, task: BackgroundTask) -> None:

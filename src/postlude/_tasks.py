@@ -17,7 +17,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from datetime import UTC, datetime
 from threading import Lock, get_ident, main_thread
@@ -75,7 +75,7 @@ _left_behind: set[Call] = set()
 # How long tasks may share a thread before others have their turn, and how often they
 # look for a cancellation meanwhile: to look takes longer than a short task.
 _TRIP_SECONDS = 0.005
-_CHECK_SECONDS = 0.000_005
+_CHECK_SECONDS = 0.000_05
 _MAIN_THREAD = main_thread().ident
 _COROUTINE = inspect.CO_COROUTINE
 
@@ -1186,22 +1186,35 @@ def _log_failures(
 
 
 class Watched:
-    """What a sync task has returned to be awaited, with the observers around it."""
+    """What a sync task has returned to be awaited, with the observers around it.
+
+    Args:
+        leave: Tells the observers of the end, and of what was raised.
+        result: What to await.
+    """
 
     def __init__(
-        self, observed: AbstractContextManager[None], result: Awaitable[object]
+        self,
+        leave: Callable[[BaseException | None], object],
+        result: Awaitable[object],
     ) -> None:
-        self._observed = observed
+        self._leave = leave
         self._result = result
 
     def __await__(self) -> Generator[Any, None, None]:
-        with self._observed:
+        try:
             yield from self._result.__await__()
+        except BaseException as exc:
+            self._leave(exc)
+            raise
+        self._leave(None)
 
     def close(self) -> None:
         """Gives up what has not been awaited."""
-        with self._observed:
+        try:
             _discard(self._result)
+        finally:
+            self._leave(None)
 
 
 def _close(task: BackgroundTask, result: Awaitable[Any]) -> None:

@@ -166,8 +166,10 @@ class Job:
             for task in self._singles(tasks):
                 self._accept(task)
 
-    def take(self, task: BackgroundTask) -> None:
-        """Leaves the task to run here and now, within the one that calls it."""
+    def take(self, task: BackgroundTask) -> Awaitable[object] | None:
+        """Leaves the task to run here and now, unless its own turn is to come."""
+        is_due = task.state is TaskState.PENDING and task in self._tasks
+        return NOTHING if is_due else None
 
     def adopt(self, task: BackgroundTask) -> bool:  # noqa: ARG002 - what a home takes
         """Leaves the task where it is."""

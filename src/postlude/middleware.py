@@ -24,7 +24,7 @@ from ._supervisor import (
     lock,
     plain,
 )
-from ._tasks import BackgroundTask, TaskState, home
+from ._tasks import BackgroundTask, BackgroundTasks, TaskState, _group, home
 
 __all__ = [
     "BackgroundTasksMiddleware",
@@ -466,6 +466,7 @@ class _Request:
     __slots__ = (
         "_accepted",
         "_added",
+        "_called",
         "_handed_over",
         "_job",
         "_scope",
@@ -486,7 +487,9 @@ class _Request:
         self._status = 0
         self._sent = False
         self._accepted = False
+        # A group among them is to be called as well, by a framework that may drop it.
         self._added: list[StockTask] = []
+        self._called: tuple[StockTask, ...] = ()
         self._handed_over: list[StockTask] = []
         self._job: Job | None = None
 
@@ -517,17 +520,22 @@ class _Request:
         """Takes over a task once the response has been sent."""
         if not self._sent or not self.is_open:
             return None
-        task = plain(task)
+        tasks: list[StockTask] = [plain(task)]
+        if self._added or self._called:
+            self._sort(tasks)
         if self.middleware._detach:
-            self._handed_over.append(task)
+            self._handed_over += tasks
             return NOTHING
-        return self._give([task, *self._chosen()]).complete()
+        tasks += self._chosen()
+        return self._give(tasks).complete() if tasks else NOTHING
 
     def adopt(self, task: BackgroundTask) -> bool:
         """Takes over a task if the response has been sent, and lets nobody wait."""
         if not self._sent or not self.is_open:
             return False
-        self._handed_over.append(task)
+        tasks: list[StockTask] = [task]
+        self._sort(tasks)
+        self._handed_over += tasks
         return True
 
     def add(self, task: StockTask) -> None:
@@ -556,12 +564,41 @@ class _Request:
         self._handed_over.clear()
         return self._give(tasks) if tasks else None
 
+    def _sort(self, tasks: list[StockTask]) -> None:
+        """Takes the groups out of what is called whose turn comes after the rest.
+
+        These are to run however the request turns out, as whatever is called.
+        """
+        if tasks[0] in self._called and tasks[0] not in self._added:
+            # It has been given to the job already.
+            tasks.clear()
+        for added in self._added:
+            if isinstance(added, BackgroundTasks) and _take_out(added, tasks):
+                self._called += (added,)
+
     def _chosen(self) -> list[StockTask]:
         """Returns the added tasks that are to run as the request has turned out."""
         if not self._added:
             return []
         with lock:
             added, self._added = self._added, []
+        groups = [task for task in added if isinstance(task, BackgroundTasks)]
+        if not groups:
+            return self._allowed(added)
+        called: list[StockTask] = []
+        added = [task for task in added if task not in groups]
+        for group in groups:
+            if not group.tasks:
+                # What is added from now on has to go elsewhere.
+                group._state = TaskState.SUCCEEDED
+            elif group.state is TaskState.PENDING:
+                # If not, it was called before the end of the body, or is given up.
+                (called if group in self._called else added).append(group)
+                self._called += (group,)
+        return self._allowed(added) + called
+
+    def _allowed(self, added: list[StockTask]) -> list[StockTask]:
+        """Returns those of the tasks that may run, and names the others."""
         if self._accepted or (self._sent and self._status < _ERRORS):
             return added
         if self._scope["type"] == "websocket":
@@ -584,6 +621,21 @@ class _Request:
             if supervisor is not None and job._supervisor is not None:
                 supervisor.accept(job, at_once=not self.middleware._detach)
         return job
+
+
+def _take_out(group: BackgroundTasks, tasks: list[StockTask]) -> bool:
+    """Takes a group out of a list, and out of the groups in there, if it is there."""
+    found = False
+    for task in tasks.copy():
+        held = _group(task)
+        if held is group:
+            tasks.remove(task)
+        elif held is None or not _take_out(group, held.tasks):
+            continue
+        elif not held.tasks:
+            tasks.remove(task)
+        found = True
+    return found
 
 
 def _limit(name: str, value: Any, least: int) -> float:

@@ -27,9 +27,13 @@ default_role = "code"
 
 # Builds need no network, so no inventory of others' names: only ours are checked.
 nitpick_ignore_regex = [
-    ("py:.*", r"(anyio|collections|contextlib|datetime|starlette|types|typing)\..*"),
+    (
+        "py:.*",
+        r"(anyio|collections|contextlib|datetime|fastapi|starlette|types|typing)\..*",
+    ),
     ("py:.*", r"(opentelemetry|prometheus_client)\..*"),
     ("py:.*", "|".join(dir(builtins))),
+    ("py:class", r"postlude\.fastapi\._inject"),
     # What annotations are short for.
     ("py:class", r"ASGIApp|Observer|URL|ContentStream|os\..*"),
     ("py:class", r"(~|postlude\._\w+\.)?[PRT](\.args|\.kwargs)?"),  # type variables

@@ -21,6 +21,7 @@ from postlude import (
     add_task,
     task,
 )
+from postlude.fastapi import BackgroundTasks as Injected
 from postlude.middleware import OutstandingTask, Status
 from postlude.responses import JSONResponse, StreamingResponse
 from postlude.testing import (
@@ -163,3 +164,10 @@ async def test() -> None:
     await captured.run()
     await wait_for_tasks(0.5)
     captured.run()  # type: ignore[unused-coroutine] # pyright: ignore[reportUnusedCoroutine]
+
+
+# What FastAPI injects is ours.
+async def path_operation(tasks: Injected) -> None:
+    assert_type(tasks, BackgroundTasks)
+    assert_type(tasks.add_task(coroutine, 1, text="one"), BackgroundTask)
+    tasks.add_task(coroutine, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

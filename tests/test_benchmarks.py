@@ -60,6 +60,7 @@ def test_the_load_is_measured_for_each_row_of_requests() -> None:
         "responses 10-sync",
         "middleware 10-sync",
         "detached 10-sync",
+        "fastapi injected",
     ]
 
 

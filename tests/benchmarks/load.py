@@ -20,12 +20,13 @@ from typing import cast
 CONNECTIONS = 12
 # Two processes of the same program differ by some percent for all their life.
 LAUNCHES = 4
-# What each path is compared on, Starlette's own first.
+# What each path is compared on, the framework's own first.
 PATHS = {
     "0": ["stock", "middleware"],
     "1-async": ["stock", "postlude", "responses", "middleware", "detached"],
     "1-sync": ["stock", "postlude", "responses"],
     "10-sync": ["stock", "postlude", "responses", "middleware", "detached"],
+    "injected": ["fastapi-stock", "fastapi"],
 }
 SERVERS = list(dict.fromkeys(whose for servers in PATHS.values() for whose in servers))
 
@@ -112,7 +113,7 @@ async def main(loop: str, rounds: int, seconds: float) -> None:
 
     results: dict[str, dict[str, float]] = {}
     for path, servers in PATHS.items():
-        stock = rates["stock", path]
+        stock = rates[servers[0], path]
         for whose in servers[1:]:
             ours = rates[whose, path]
             results[f"{whose} {path}"] = {

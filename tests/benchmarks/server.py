@@ -2,14 +2,17 @@
 
 Arguments: `asyncio` or `uvloop`, and whose tasks: `stock`, `postlude`, `responses` for
 those of `postlude.responses`, `middleware` for postlude's in its middleware, `detached`
-for the same with `detach=True`. Prints its port once it accepts connections.
+for the same with `detach=True`, `fastapi` for those that FastAPI injects, and
+`fastapi-stock` for its own. Prints its port once it accepts connections.
 """
 
 import asyncio
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import fastapi
 import starlette.background
 import uvicorn
 from starlette.applications import Starlette
@@ -19,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import postlude
+import postlude.fastapi
 import postlude.responses
 
 # What is served in the middleware, and how.
@@ -79,6 +83,24 @@ async def drain(_: Request) -> Response:
     return PlainTextResponse("done")
 
 
+def injected() -> fastapi.FastAPI:
+    kind: Any = (
+        fastapi.BackgroundTasks
+        if whose == "fastapi-stock"
+        else postlude.fastapi.BackgroundTasks
+    )
+
+    async def respond(tasks: Any) -> str:
+        tasks.add_task(do_nothing)
+        return "done"
+
+    respond.__annotations__["tasks"] = kind
+    app = fastapi.FastAPI()
+    app.add_api_route("/injected", respond, response_class=PlainTextResponse)
+    app.add_route("/drain", drain)
+    return app
+
+
 loop, whose = sys.argv[1:]
 app: ASGIApp = Starlette(
     routes=[
@@ -89,7 +111,9 @@ app: ASGIApp = Starlette(
         Route("/drain", drain),
     ]
 )
-if whose in DETACH:
+if whose.startswith("fastapi"):
+    app = injected()
+elif whose in DETACH:
     app = postlude.BackgroundTasksMiddleware(app, detach=DETACH[whose])
 server = uvicorn.Server(
     uvicorn.Config(

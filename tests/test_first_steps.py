@@ -176,6 +176,30 @@ async def test_jobs_that_wait_for_nothing_share_a_task_until_the_end() -> None:
         await seen[0]
 
 
+async def test_a_task_may_call_the_application_in_its_first_step() -> None:
+    seen: list[asyncio.Task[Any] | None] = []
+
+    async def work() -> None:
+        seen.append(asyncio.current_task())
+
+    async with serving() as serve:
+
+        async def outer() -> None:
+            await work()
+            await serve(work)
+            await work()
+
+        await serve(outer)
+        await serve(work)
+    # Each begins as itself, and only one of the two is kept.
+    assert seen[0] is seen[2] is seen[3]
+    assert seen[1] is not seen[0]
+    for task in {*seen}:
+        assert task is not None
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 async def test_a_job_that_waits_keeps_its_task_to_itself() -> None:
     seen: list[asyncio.Task[Any] | None] = []
 

@@ -944,6 +944,9 @@ class Supervisor:
                     ahead = _Ahead(self._loop)
                 job.native = ahead.task
                 if ahead.ends(job.run(), copy_context()):
+                    # A task may have called the application, and so need another one.
+                    if self._ahead is not None:
+                        self._ahead.task.cancel()
                     self._ahead = ahead
             else:
                 job.native = self._loop.create_task(job.run(), context=job.context)

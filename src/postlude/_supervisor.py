@@ -818,6 +818,8 @@ class Supervisor:
         self._cleanup_end = math.inf
         # What `on_lost` has not been told yet.
         self._lost: list[BackgroundTask] = []
+        # The calls left behind that the log has named.
+        self._told: set[Call] = set()
         # What the next job begins as that takes its first step at once.
         self._ahead: _Ahead | None = None
         self._idle = anyio.Event()
@@ -1033,12 +1035,13 @@ class Supervisor:
                 len(lost),
                 ", ".join(f"{task.name!r} ({where})" for task, where in lost),
             )
-        names = [call.task.name for call in self._settings.left_behind]
-        if names and self._closed:
+        calls = self._settings.left_behind - self._told
+        if calls and self._closed:
+            self._told |= calls
             logger.warning(
                 "threads of background tasks that have been given up go on, and may "
                 "delay the exit: %s",
-                _listed(names),
+                _listed(call.task.name for call in calls),
             )
         for task, _ in lost:
             _tell(self._settings.observers, "lost", task)

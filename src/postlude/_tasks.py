@@ -614,7 +614,7 @@ async def _run_in_order(  # noqa: PLR0912, PLR0915 - in one piece for the sake o
             unfinished += trip.abandon()
             position = trip.position
         elif not _tells_itself(task, direct):
-            goes_on = any(call.task is task for call in _left_behind)
+            goes_on = any(call.task is task for call in _left_behind.copy())
             what = "its thread goes on" if goes_on else "stopped"
             unfinished.append(f"{_name(task)!r} ({what})")
         _log_failures(failures)

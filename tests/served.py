@@ -5,6 +5,7 @@
 file that held tasks wait for.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import chores
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask as StockTask
 from starlette.requests import Request
@@ -177,6 +179,15 @@ async def called(request: Request) -> PlainTextResponse:
     return PlainTextResponse("x" * size, background=StockTask(call))
 
 
+async def processing(request: Request) -> PlainTextResponse:
+    chore = getattr(chores, request.query_params["chore"])
+    args = [request.query_params["path"]]
+    if chore is chores.hold_until:
+        args.append(os.environ["RELEASE"])
+    add_task(task(process=True)(functools.partial(chore)), *args)
+    return PlainTextResponse("process")
+
+
 async def tidying(request: Request) -> PlainTextResponse:
     return PlainTextResponse("tidying", background=BackgroundTask(tidy_up))
 
@@ -214,6 +225,7 @@ app = Starlette(
         Route("/leaving", leaving),
         Route("/held", held),
         Route("/called", called),
+        Route("/process", processing),
         Route("/tidying", tidying),
         Route("/slow", slow),
         Route("/plain", plain),

@@ -517,3 +517,34 @@ def test_a_sign_up_is_committed_welcomed_cached_and_audited(tmp_path: Path) -> N
         *["POST /users/ada"] * 2,
         "POST /users/eve",
     ]
+
+
+def test_a_task_that_takes_too_long_fails_and_leaves_its_thread(tmp_path: Path) -> None:
+    with serving("limits", tmp_path, fails=True) as server:
+
+        def status() -> dict[str, int]:
+            report: dict[str, int] = httpx2.get(f"{server.url}/status").json()
+            return report
+
+        for city in ["Atlantis", *["Paris"] * 5]:
+            assert httpx2.post(f"{server.url}/orders/{city}").status_code == 202
+        wait_until(lambda: status()["threads_left_behind"])
+        wait_until(lambda: not status()["threads_left_behind"])
+        report = status()
+        assert (report["now"], report["most"], report["running_tasks"]) == (0, 2, 0)
+        for name in "call_courier", "print_label":
+            assert f"in background task '__main__.{name}'\n" in server.output
+        assert server.output.count("printed the label for Paris") == 5
+        assert "a courier goes to Atlantis" not in server.output
+        assert "printed the label for Atlantis" in server.output
+
+
+def test_cpu_bound_work_is_done_in_another_process(tmp_path: Path) -> None:
+    with serving("cpu_bound", tmp_path) as server:
+        url = f"{server.url}/primes/1000"
+        assert httpx2.get(url).json()["state"] is None
+        assert httpx2.post(url).status_code == 202
+        wait_until(lambda: httpx2.get(url).json()["state"] == "succeeded")
+        report = httpx2.get(url).json()
+        assert report["primes"].startswith("168 (by process ")
+        assert str(report["server"]) not in report["primes"]

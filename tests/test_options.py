@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import os
 import re
 import types
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from unittest.mock import MagicMock, Mock
 
+import anyio
 import fastapi
 import pytest
 import starlette.background
@@ -49,6 +51,10 @@ class Mailer:
     @staticmethod
     @task(name="mailer.inner")
     def inner() -> None: ...
+
+
+class AsyncCall:
+    async def __call__(self) -> None: ...
 
 
 class Slotted:
@@ -138,6 +144,19 @@ def test_a_mock_has_no_options_and_the_name_of_its_class(mock: Any) -> None:
         ({"name": ""}, ValueError, "name must not be empty; leave it out"),
         ({"name": 5}, TypeError, "name must be a string, not 5"),
         ({"always": 1}, TypeError, "always must be True or False, not 1"),
+        ({"process": "yes"}, TypeError, "process must be True or False, not 'yes'"),
+        ({"timeout": 0}, ValueError, "timeout must be more than 0, or None .*, not 0"),
+        ({"timeout": -1}, ValueError, "timeout must be more than 0, or .*, not -1"),
+        ({"timeout": math.nan}, ValueError, "timeout must be more than 0, .*, not nan"),
+        ({"timeout": "5"}, TypeError, "timeout must be seconds, or None .*, not '5'"),
+        ({"timeout": True}, TypeError, "timeout must be seconds, or None .*, not True"),
+        ({"limiter": 0}, ValueError, "limiter must be at least 1, not 0"),
+        ({"limiter": True}, TypeError, "limiter must be an int or an .*, not True"),
+        (
+            {"limiter": anyio.Semaphore},
+            TypeError,
+            r"limiter must be an int or an anyio\.CapacityLimiter, not <class",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -150,6 +169,62 @@ def test_options_that_make_no_sense_are_refused(
 def test_only_callables_can_be_decorated() -> None:
     with pytest.raises(TypeError, match=r"task\(\) decorates a callable, not 5"):
         task()(5)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [coroutine_function, functools.partial(coroutine_function), AsyncCall()],
+    ids=label,
+)
+def test_an_async_function_is_refused_for_a_process(func: Any) -> None:
+    with pytest.raises(TypeError, match=r"process=True is for .* not async, not .*: "):
+        task(process=True)(func)
+
+
+def test_a_process_has_to_be_the_outermost_decorator() -> None:
+    @task(process=True)
+    def inner() -> None: ...
+
+    @functools.wraps(inner)
+    def wrapper() -> None: ...
+
+    message = r"task\(process=True\) must be the outermost decorator of .*inner"
+    for func in wrapper, functools.partial(wrapper):
+        with pytest.raises(TypeError, match=message):
+            BackgroundTasks().add_task(func)
+        with pytest.raises(TypeError, match=message):
+            task(timeout=1)(func)
+    # Above it, or as an option of the wrapper itself, it is told of what is called.
+    assert options_of(task(process=True)(functools.partial(print))).process
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        function,
+        coroutine_function,
+        Mailer(),
+        Mailer().send,
+        functools.partial(print),
+        functools.partial(coroutine_function),
+        print,
+        Slotted(),
+    ],
+    ids=label,
+)
+def test_limits_are_kept_by_each_kind_of_callable(func: Any) -> None:
+    declared: Any = task(timeout=1.5, limiter=3)(func)
+    try:
+        options = options_of(task(always=True)(functools.partial(declared)))
+        assert (options.timeout, repr(options.limiter)) == (1.5, "3")
+        assert options.are_limits
+        assert options.always
+        assert options_of(declared).limiter is options.limiter
+        if declared is not func:
+            assert not options_of(func).are_limits
+    finally:
+        if declared is func:
+            del func.__postlude_options__
 
 
 # --- names ---------------------------------------------------------------------------

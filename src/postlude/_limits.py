@@ -70,9 +70,14 @@ class Call:
         self._options = cast("Options", task._options)
         self._threads = threads
         self._left_behind = left_behind
+        self._cancelled = anyio.get_cancelled_exc_class()
+        # What threads touch as well is under the lock.
         self._lock = Lock()
         self._is_given_up = False
+        # What the thread has come to: what was returned, or else raised.
+        self._outcome: tuple[object, BaseException | None] | None = None
         self._worker: Worker | None = None
+        self._is_running = False
 
     async def complete(self) -> None:
         """Makes the call.
@@ -112,7 +117,6 @@ class Call:
         held: list[anyio.CapacityLimiter] = []
 
         def release() -> None:
-            self._left_behind.discard(self)
             while held:
                 held.pop().release_on_behalf_of(self)
 
@@ -123,65 +127,83 @@ class Call:
                 held.append(limiter)
             yield
         finally:
-            with self._lock:
-                self._is_given_up = True
-                goes_on = self.is_in_thread
-            if goes_on:
-                self._left_behind.add(self)
-            else:
+            if not self._goes_on():
                 release()
+
+    def _goes_on(self) -> bool:
+        """Gives up what has not ended; returns whether a thread cannot be stopped."""
+        with self._lock:
+            self._is_given_up = True
+            if self.is_in_thread:
+                self._left_behind.add(self)
+                return True
+            if self._worker is not None and self._is_running:
+                self._worker.kill()
+            elif self._worker is not None:
+                self._worker.give_back()
+        if self._outcome is not None:
+            self._discard(*self._outcome)
+        return False
 
     async def _call_in_thread(self) -> None:
         # As long as the thread works, nothing but the time limit ends the waiting.
         with anyio.move_on_after(self._options.timeout, shield=True) as scope:
-            result = await _in_thread(self._work)
+            await _in_thread(self._work)
+            result, failure = cast("tuple[Any, BaseException | None]", self._outcome)
+            self._outcome = None
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del failure
             scope.shield = False
             if inspect.isawaitable(result):
                 await result
         self._check(scope, "; its thread goes on" if self.is_in_thread else "")
 
-    def _work(self) -> Any:
+    def _work(self) -> None:
         with self._lock:
             if self._is_given_up:
-                return None
+                return
             self.is_in_thread = True
+        result: object = None
+        failure: BaseException | None = None
         try:
-            task = self.task
-            result = task.func(*task.args, **task.kwargs)
-        except BaseException:
-            if self._leaves_thread():
-                message = "background task %r failed after it had been given up"
-                logger.warning(message, self.task.name, exc_info=True)
-                return None
-            raise
-        if self._leaves_thread() and inspect.iscoroutine(result):
-            result.close()
-        return result
-
-    def _leaves_thread(self) -> bool:
-        """Ends the work of the thread; returns whether nobody waits for it any more."""
+            result = self.task.func(*self.task.args, **self.task.kwargs)
+        except BaseException as exc:
+            failure = exc
         with self._lock:
             self.is_in_thread = False
-        if self._is_given_up:
-            self._release_from_thread()
-        return self._is_given_up
+            if not self._is_given_up:
+                self._outcome = result, failure
+                return
+        self._left_behind.discard(self)
+        self._release_from_thread()
+        self._discard(result, failure)
+
+    def _discard(self, result: object, failure: BaseException | None) -> None:
+        """Tells what nobody waits for any more."""
+        if inspect.iscoroutine(result):
+            result.close()
+        # A function may ask whether it has been cancelled, and end by that.
+        if failure is not None and not isinstance(failure, self._cancelled):
+            name = self.task.name
+            logger.warning(
+                "background task %r failed after it had been given up",
+                name,
+                exc_info=failure,
+                extra={"task_name": name},
+            )
 
     async def _call_in_process(self) -> None:
         failure: Exception | None = None
-        try:
-            # What its start takes is no fault of the function.
-            with anyio.CancelScope(shield=True):
-                failure = await _in_thread(self._take_worker)
-            worker = cast("Worker", self._worker)
-            with anyio.move_on_after(self._options.timeout) as scope:
-                if failure is None:
-                    failure = await _in_thread(worker.run)
-            self._check(scope)
-        except BaseException:
-            if self._worker is not None:
-                self._worker.kill()
-            raise
-        worker.give_back()
+        # What its start takes is no fault of the function.
+        with anyio.CancelScope(shield=True):
+            failure = await _in_thread(self._take_worker)
+        with anyio.move_on_after(self._options.timeout) as scope:
+            if failure is None:
+                failure = await _in_thread(self._run)
+        self._check(scope)
         if failure is not None:
             raise failure
 
@@ -193,14 +215,30 @@ class Call:
         if pickled is None:
             name = task.name
             pickled = _processes.pickle_call(task.func, task.args, task.kwargs, name)
-        worker = _processes.Worker.take()
-        failure = worker.load(pickled)
+        worker, failure = _processes.Worker.take(pickled)
         with self._lock:
-            if not self._is_given_up:
+            if failure is None and not self._is_given_up:
                 self._worker = worker
-                return failure
+                return None
         worker.give_back()
-        return None
+        return failure
+
+    def _run(self) -> Exception | None:
+        """Has the process make the call; returns what failed."""
+        with self._lock:
+            if self._is_given_up:
+                return None
+            self._is_running = True
+        worker = cast("Worker", self._worker)
+        failure = worker.run()
+        with self._lock:
+            self._worker = None
+            is_killed = self._is_given_up
+        if is_killed:
+            worker.dismiss()
+        else:
+            worker.give_back()
+        return failure
 
 
 def _from_thread(callback: Callable[[], object]) -> Callable[[], object]:

@@ -148,7 +148,8 @@ def task(
             raise TypeError(f"task() decorates a callable, not {func!r}")
         if process and StockTask(target).is_async:
             raise TypeError(
-                f"process=True is for functions that are not async, not {target!r}"
+                f"process=True is for functions that are not async, not {target!r}: "
+                "leave it out, or make that a plain function"
             )
         earlier = options_of(target)
         if earlier.process:
@@ -240,7 +241,8 @@ def check_outermost(func: object) -> None:
             return
         else:
             raise TypeError(
-                f"task(process=True) must be the outermost decorator of {name_of(func)}"
+                f"task(process=True) must be the outermost decorator of "
+                f"{name_of(func)}, so write it above the others"
             )
 
 

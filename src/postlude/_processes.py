@@ -45,8 +45,19 @@ class Worker:
         self._ask(_preparation(with_main=False))
 
     @classmethod
-    def take(cls) -> Worker:
-        """Returns a process that has nothing to do."""
+    def take(cls, pickled: bytes) -> tuple[Worker, Exception | None]:
+        """Hands a call to a process that has nothing to do; returns what failed."""
+        while (worker := cls._take_idle()) is not None:
+            failure = worker._load(pickled)
+            # What the last call has left there may have ended it only now.
+            if worker.process.poll() is None:
+                return worker, failure
+            worker.dismiss()
+        worker = cls()
+        return worker, worker._load(pickled)
+
+    @classmethod
+    def _take_idle(cls) -> Worker | None:
         with cls._lock:
             worker = cls._idle.pop() if cls._idle else None
             old = monotonic() - _IDLE_SECONDS
@@ -55,26 +66,27 @@ class Worker:
                 cls._idle.remove(other)
         for other in dismissed:
             other.dismiss()
-        if worker is None:
-            return cls()
-        if worker.process.poll() is None:
-            return worker
-        worker.dismiss()
-        return cls.take()
+        return worker
 
     @classmethod
     def dismiss_idle(cls) -> None:
         """Ends those that have nothing to do."""
-        while cls._idle:
-            cls._idle.pop().dismiss()
+        with cls._lock:
+            dismissed = cls._idle.copy()
+            cls._idle.clear()
+        for worker in dismissed:
+            worker.dismiss()
 
     def give_back(self) -> None:
         """Lets it make other calls, if it still can."""
         if self.process.poll() is None:
             self.idle_since = monotonic()
-            self._idle.append(self)
+            with self._lock:
+                self._idle.append(self)
+        else:
+            self.dismiss()
 
-    def load(self, pickled: bytes) -> Exception | None:
+    def _load(self, pickled: bytes) -> Exception | None:
         """Hands a call over, and imports its function; returns what failed."""
         # Only a call that refers to it needs the program itself.
         if not self._knows_main and b"__main__" in pickled:
@@ -89,10 +101,11 @@ class Worker:
 
     def kill(self) -> None:
         """Ends the process, and what it has started; what waits for it hears of it."""
-        if self.process.poll() is None:
-            if sys.platform == "win32":
-                self.process.kill()
-            else:
+        if sys.platform == "win32":  # pragma: no cover - tests run elsewhere
+            self.process.kill()
+        elif self.process.poll() is None:
+            # Another thread may have seen its end meanwhile.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def dismiss(self) -> None:
@@ -121,7 +134,7 @@ class Worker:
 
 
 atexit.register(Worker.dismiss_idle)
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":  # pragma: no branch - tests run elsewhere
     # They belong to the process that has started them.
     os.register_at_fork(after_in_child=Worker._idle.clear)
 
@@ -134,9 +147,7 @@ def pickle_call(
     Raises:
         TypeError: If something in it cannot be pickled.
     """
-    while isinstance(func, partial):
-        # It carries our note, which stays here.
-        args, kwargs, func = func.args + args, func.keywords | kwargs, func.func
+    func = _bare(func)
     try:
         return pickle.dumps((func, args, kwargs))
     except Exception as exc:
@@ -150,6 +161,13 @@ def pickle_call(
                     f"{name} has process=True, and {what} cannot be pickled: {cause}"
                 ) from cause
         raise TypeError(f"{name} cannot be pickled: {exc}") from exc
+
+
+def _bare(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns partials without the notes they carry, which stay here."""
+    if not isinstance(func, partial):
+        return func
+    return partial(_bare(func.func), *func.args, **func.keywords)
 
 
 def _raised(pickled: bytes | None, text: str, trace: str) -> Exception:

@@ -8,6 +8,7 @@ from typing import assert_type
 
 import starlette.background
 import starlette.responses
+from anyio import CapacityLimiter
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -100,6 +101,28 @@ assert_type(decorated(1), str)
 decorated("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 once = task(always=True)(functools.partial(sync, 1))
 assert_type(once, functools.partial[int])
+
+
+@task(timeout=1.5, limiter=2, always=True)
+async def limited(number: int, *, text: str = "") -> int:
+    return number
+
+
+@task(process=True, limiter=CapacityLimiter(1))
+def processed(number: int) -> str:
+    return str(number)
+
+
+tasks.add_task(limited, 1, text="one")
+tasks.add_task(limited, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+assert_type(processed(1), str)
+tasks.add_task(processed, 1)
+tasks.add_task(processed, "1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+assert_type(task(timeout=1)(sync)(1), int)
+assert_type(task(limiter=1)(functools.partial(sync, 1)), functools.partial[int])
+task(timeout="5")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+task(limiter=1.5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+task(process=1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 task("name")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
 task(name=1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -141,6 +142,19 @@ async def test_a_task_that_takes_too_long_fails_and_the_next_one_runs(
     assert (first.finished_at - first.started_at).total_seconds() >= SHORT * 0.9
     assert len(records("ERROR")) == (not place.is_alone)
     held.go_on.set()
+
+
+async def test_a_time_limit_may_be_over_at_the_first_step(place: Place) -> None:
+    async def block() -> None:
+        time.sleep(0.02)  # noqa: ASYNC251 - that is the point
+        await anyio.sleep(SECONDS)
+
+    for _ in range(3):
+        group = group_of(limited(block, timeout=0.01))
+        await place.run(group)
+        [failed] = group.tasks
+        assert isinstance(failed, BackgroundTask)
+        assert isinstance(failed.exception, TimeoutError)
 
 
 @each_kind

@@ -722,8 +722,9 @@ class _Ahead(Coroutine[Any, Any, None]):
             raise exc[0]
         if self._yielded:
             yielded = self._yielded.pop()
-            # Cancelled before its task awaits the future, which is to be as well.
-            if _is_future(yielded) and yielded.cancel():
+            # Cancelled before its task awaits the future, which is to be as well, with
+            # what a scope of anyio's knows its own cancellation by.
+            if _is_future(yielded) and yielded.cancel(*exc[0].args):
                 return _mark(yielded, is_awaited=True)
         return self._context.run(self._job.throw, *exc)
 

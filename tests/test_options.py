@@ -227,6 +227,17 @@ def test_limits_are_kept_by_each_kind_of_callable(func: Any) -> None:
             del func.__postlude_options__
 
 
+@pytest.mark.anyio
+async def test_what_a_function_with_a_time_limit_returns_is_awaited() -> None:
+    ran: list[int] = []
+
+    async def run() -> None:
+        ran.append(1)
+
+    await BackgroundTask(task(timeout=30)(lambda: run()))()  # noqa: PLW0108
+    assert ran == [1]
+
+
 # --- names ---------------------------------------------------------------------------
 
 

@@ -260,6 +260,8 @@ def _from_thread(callback: Callable[[], object]) -> Callable[[], object]:
 async def _in_thread(func: Callable[..., T], *args: object) -> T:
     """Calls something that blocks, in a thread of its own, that may be left behind."""
     limiter = anyio.CapacityLimiter(1)
-    return await anyio.to_thread.run_sync(
-        func, *args, abandon_on_cancel=True, limiter=limiter
+    # In a list, as Trio refuses what returns a coroutine.
+    [result] = await anyio.to_thread.run_sync(
+        lambda: [func(*args)], abandon_on_cancel=True, limiter=limiter
     )
+    return result

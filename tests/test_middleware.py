@@ -1835,7 +1835,8 @@ def test_without_a_request_add_task_says_what_it_needs() -> None:
         add_task(print)
     assert str(caught.value) == (
         "add_task() needs a request: wrap the application in "
-        "BackgroundTasksMiddleware, and call it while that serves one"
+        "BackgroundTasksMiddleware, and call it while that serves one; anywhere "
+        "else postlude.engines.enqueue() hands a task over to its engine"
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from ._options import Options, limiter_here
+from ._options import Options, Receipt, handing_over, limiter_here
 
 if TYPE_CHECKING:
     from ._processes import Worker
@@ -41,6 +41,9 @@ class LimitedTask(Protocol):
     _options: Options | None
     # The call as a process takes it.
     _pickled: bytes | None
+    # What hands it over to its engine, and what has come of that.
+    _submit: Callable[[], Awaitable[Receipt]] | None
+    _receipt: Receipt | None
 
     @property
     def name(self) -> str:
@@ -80,12 +83,17 @@ class Call:
         self._is_running = False
 
     async def complete(self) -> None:
-        """Makes the call.
+        """Makes the call, or hands it over to the engine that is to make it.
 
         Raises:
             TimeoutError: If it takes too long. A thread goes on all the same.
             BaseException: What the function raises.
         """
+        if self._options.engine is not None:
+            task = self.task
+            submit = task._submit or handing_over(task.func, task.args, task.kwargs)
+            task._receipt = await submit()
+            return
         limiter = self._options.limiter
         limiters = [] if limiter is None else [limiter.here()]
         if self._options.process:

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Coroutine, Mapping
 from types import FunctionType, MethodType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -22,6 +23,80 @@ GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 _ATTRIBUTE = "__postlude_options__"
 _numbers = itertools.count(1)
+
+# The classes of other libraries' tasks, and how such a task is given to `add_task`.
+_FOREIGN = {
+    ("celery.app.task", "Task"): "task.delay, ...",
+    ("dramatiq.actor", "Actor"): "task.send, ...",
+    ("huey.api", "TaskWrapper"): "huey.enqueue, task.s(...)",
+    ("procrastinate.tasks", "Task"): "task.defer_async, ...",
+    ("taskiq.decor", "AsyncTaskiqDecoratedTask"): "task.kiq, ...",
+}
+# Callables that are certainly of none of these, to tell most of them at once.
+_OWN = (MethodType, functools.partial)
+
+
+class Receipt(NamedTuple):
+    """What is left of a task that has been handed over.
+
+    Example:
+        .. code-block:: python
+
+            from postlude.engines import Receipt
+
+            receipt = Receipt(engine="spool", id="17")
+            assert receipt._asdict() == {"engine": "spool", "id": "17"}
+
+    .. versionadded:: 0.1.0
+    """
+
+    engine: str
+    """The name of the engine, or `here`."""
+    id: str
+    """What the engine knows the task by. Of one that runs here, `BackgroundTask.id`."""
+
+
+class Engine(Protocol):
+    """What runs functions in processes of its own, as `task(engine=...)` takes it.
+
+    It may also have a method `headers()`, called when a task is added, that returns
+    what is to travel beside its arguments: a mapping of strings, such as a trace
+    context. If it is an async context manager, the application's lifespan enters it.
+
+    .. versionadded:: 0.1.0
+    """
+
+    def register(self, func: Callable[..., Any], name: str) -> None:
+        """Hears of a function when that is decorated, perhaps again.
+
+        Args:
+            func: The function, which has to stay what it is.
+            name: Its dotted name.
+        """
+
+    def prepare(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        headers: Mapping[str, str],
+    ) -> Any:
+        """Returns a call as it is to be sent; at once, and from any thread.
+
+        Raises:
+            postlude.engines.NotSerialisable: If it cannot be sent.
+        """
+        ...
+
+    async def submit(self, message: Any) -> Receipt:
+        """Sends what `prepare` has returned, within a time limit of its own.
+
+        It may be given the same message again, if a response is sent again.
+
+        Raises:
+            postlude.engines.EngineError: If it cannot tell that it has been taken.
+        """
+        ...
 
 
 class Limiter:
@@ -73,6 +148,7 @@ class Options:
     limiter: Limiter | None = None
     process: bool = False
     always: bool = False
+    engine: Engine | None = None
     # What it was noted on, as `functools.wraps` copies it to other functions.
     owner: object = None
 
@@ -80,7 +156,7 @@ class Options:
     def are_limits(self) -> bool:
         """Whether they say more than what to call a task, and when to run it."""
         limits = self.timeout is not None or self.limiter is not None
-        return limits or self.process
+        return limits or self.process or self.engine is not None
 
 
 _PLAIN = Options()
@@ -94,6 +170,7 @@ def task(
     limiter: int | anyio.CapacityLimiter | None = None,
     process: bool = False,
     always: bool = False,
+    engine: Engine | None = None,
 ) -> Callable[[T], T]:
     """Declares how a function behaves as a background task.
 
@@ -130,15 +207,21 @@ def task(
             returns nor what it prints comes back.
         always: Whether the task also runs when the request failed or was cancelled,
             with `BackgroundTasksMiddleware` or `postlude.responses`.
+        engine: What the task is handed over to, so that it runs elsewhere; see
+            `postlude.engines`. By default it runs here. The function must be one of a
+            module, and this the outermost decorator. `timeout`, `limiter` and `process`
+            are for tasks that run here: to the hand-over they do not apply.
 
     Raises:
         TypeError: If an option is of the wrong type, `process` is declared for an async
-            function, or what is decorated is not callable.
+            function, `engine` for one that cannot be found by its name, or what is
+            decorated is not callable.
         ValueError: If `name` is empty, or `timeout` or `limiter` is too small.
 
     .. versionadded:: 0.1.0
     """
     _check(name, timeout, limiter, process=process, always=always)
+    _check_engine(engine)
 
     def declare(func: T) -> T:
         target: Any = func
@@ -151,8 +234,10 @@ def task(
                 f"process=True is for functions that are not async, not {target!r}: "
                 "leave it out, or make that a plain function"
             )
+        if engine is not None:
+            _check_findable(target)
         earlier = options_of(target)
-        if earlier.process:
+        if earlier.process or earlier.engine is not None:
             check_outermost(target)
         options = Options(
             name=name or earlier.name,
@@ -160,15 +245,20 @@ def task(
             limiter=earlier.limiter if limiter is None else Limiter(limiter),
             process=process or earlier.process,
             always=always or earlier.always,
+            engine=earlier.engine if engine is None else engine,
             owner=target,
         )
         try:
             setattr(target, _ATTRIBUTE, options)
         except (AttributeError, TypeError):
+            if engine is not None:
+                raise _not_findable(target) from None
             target = functools.partial(target)
             options = dataclasses.replace(options, owner=target)
             setattr(target, _ATTRIBUTE, options)
             return cast(T, target)
+        if engine is not None:
+            engine.register(target, dotted_name_of(target))
         return func
 
     return declare
@@ -202,6 +292,31 @@ def _check(
             raise TypeError(f"{option} must be True or False, not {value!r}")
 
 
+def _check_engine(engine: Any) -> None:
+    """Refuses what is no engine."""
+    methods = ("register", "prepare", "submit")
+    has_all = all(callable(getattr(engine, method, None)) for method in methods)
+    if engine is not None and (isinstance(engine, type) or not has_all):
+        raise TypeError(
+            "engine must be an object with the methods register, prepare and submit, "
+            f"not {engine!r}"
+        )
+
+
+def _check_findable(func: object) -> None:
+    """Refuses what no other process finds by its name."""
+    qualname = getattr(func, "__qualname__", None)
+    if not isinstance(qualname, str) or "<" in qualname:
+        raise _not_findable(func)
+
+
+def _not_findable(func: object) -> TypeError:
+    return TypeError(
+        "task(engine=...) is for functions defined with def in a module or a class, "
+        f"which a worker finds by their names, not {func!r}"
+    )
+
+
 def options_of(func: object) -> Options:
     """Returns the options of a callable, looked for through partials and `__call__`."""
     while True:
@@ -231,7 +346,8 @@ def check_outermost(func: object) -> None:
     Raises:
         TypeError: If it is such a function.
     """
-    owner = options_of(func).owner
+    options = options_of(func)
+    owner = options.owner
     while func is not owner:
         if isinstance(func, functools.partial):
             func = func.func
@@ -240,10 +356,69 @@ def check_outermost(func: object) -> None:
         elif _call_method(func) is owner:
             return
         else:
+            option = "process=True" if options.engine is None else "engine=..."
             raise TypeError(
-                f"task(process=True) must be the outermost decorator of "
+                f"task({option}) must be the outermost decorator of "
                 f"{name_of(func)}, so write it above the others"
             )
+
+
+def check_foreign(func: Any) -> None:
+    """Refuses the task object of another library, which would run here, or not at all.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if type(func) is FunctionType:
+        # RQ's is a function that has been given another one.
+        delay = vars(func).get("delay")
+        if getattr(delay, "__globals__", {}).get("__name__") == "rq.decorators":
+            raise _foreign(func, "rq", "task.delay, ...")
+    elif type(func) not in _OWN:
+        for (module, name), spelling in _FOREIGN.items():
+            # Without its module there is no object of the class.
+            kind = getattr(sys.modules.get(module), name, None)
+            if isinstance(kind, type) and isinstance(func, kind):
+                raise _foreign(func, module.partition(".")[0], spelling)
+
+
+def _foreign(func: object, library: str, spelling: str) -> TypeError:
+    return TypeError(
+        f"{func!r} is a task of {library}: write add_task({spelling}) with it, or add "
+        "the plain function, declared with postlude's task(engine=...)"
+    )
+
+
+def handing_over(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Coroutine[Any, Any, Receipt]]:
+    """Prepares a call for the engine of its function; returns what sends it.
+
+    Raises:
+        TypeError: If no worker could find the function, or it is not the one that has
+            been registered.
+    """
+    check_outermost(func)
+    name = dotted_name_of(func)
+    if name.startswith("__main__."):
+        raise TypeError(
+            f"{name} cannot be handed over, as every process has a __main__ of its "
+            "own: move it to a module that the worker imports as well"
+        )
+    engine = cast("Engine", options_of(func).engine)
+    function: Any = func
+    while True:
+        if isinstance(function, functools.partial):
+            args, kwargs = function.args + args, function.keywords | kwargs
+            function = function.func
+        elif isinstance(function, MethodType):
+            args = (function.__self__, *args)
+            function = function.__func__
+        else:
+            break
+    headers = getattr(engine, "headers", None)
+    message = engine.prepare(name, args, kwargs, headers() if headers else {})
+    return functools.partial(engine.submit, message)
 
 
 def name_of(func: object) -> str:

@@ -48,9 +48,12 @@ from ._limits import Call
 from ._options import (
     GENERATOR,
     Options,
+    Receipt,
     call_fits,
     check_call,
+    check_foreign,
     check_outermost,
+    handing_over,
     name_of,
     options_of,
     run_options_of,
@@ -100,7 +103,7 @@ class TaskState(enum.StrEnum):
     RUNNING = "running"
     """Started, not finished."""
     SUCCEEDED = "succeeded"
-    """Returned."""
+    """Returned; or handed over, if the function has an engine."""
     FAILED = "failed"
     """Raised; `BackgroundTask.exception` is what it raised."""
     CANCELLED = "cancelled"
@@ -186,7 +189,8 @@ class BackgroundTask(StockTask):
 
     Raises:
         TypeError: If `func` is not callable, is a generator function (calling it would
-            run nothing), or cannot be called with these arguments.
+            run nothing), or the task object of another library, or cannot be called
+            with these arguments, or not handed over with them to its engine.
 
     .. versionadded:: 0.1.0
     """
@@ -200,6 +204,8 @@ class BackgroundTask(StockTask):
     # None unless they matter to how the task runs.
     _options: Options | None
     _pickled: bytes | None = None
+    _submit: Callable[[], Awaitable[Receipt]] | None = None
+    _receipt: Receipt | None = None
     _context: Context | None
     _state: TaskState
     _started: float | None
@@ -224,10 +230,13 @@ class BackgroundTask(StockTask):
             self.is_async = flags & _COROUTINE != 0
             self._options = None
         else:
+            check_foreign(func)
             check_call(func, args, kwargs)
             super().__init__(func, *args, **kwargs)
             self._options = options = run_options_of(func)
-            if options is not None and options.process:
+            if options is not None and options.engine is not None:
+                self._submit = handing_over(func, args, kwargs)
+            elif options is not None and options.process:
                 self._pickled = _pickle(func, args, kwargs)
         self._state = _PENDING
         self._started = None
@@ -286,6 +295,11 @@ class BackgroundTask(StockTask):
     def exception(self) -> Exception | None:
         """What the task failed with, or `None` unless its state is `FAILED`."""
         return self._exception if self.state is _FAILED else None
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What its engine calls it once it has been handed over, otherwise `None`."""
+        return self._receipt
 
     @property
     def started_at(self) -> datetime | None:

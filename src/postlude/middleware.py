@@ -96,7 +96,8 @@ def add_task(
     if here is None:
         raise RuntimeError(
             "add_task() needs a request: wrap the application in "
-            "BackgroundTasksMiddleware, and call it while that serves one"
+            "BackgroundTasksMiddleware, and call it while that serves one; anywhere "
+            "else postlude.engines.enqueue() hands a task over to its engine"
         )
     task = BackgroundTask(func, *args, **kwargs)
     here.add(task)

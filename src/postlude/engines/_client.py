@@ -1,0 +1,333 @@
+"""How an engine's client is called: within a time limit, and in few threads."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from inspect import isawaitable
+from threading import Lock
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+from starlette.background import BackgroundTask as StockTask
+
+from postlude._limits import _from_thread
+
+logger = logging.getLogger("postlude")
+
+_numbers = itertools.count(1)
+
+
+class EngineError(Exception):
+    """Raised when a task has not been handed over, or may not have been.
+
+    .. versionadded:: 0.1.0
+    """
+
+
+class BrokerUnreachable(EngineError, ConnectionError):
+    """Raised when there is no connection, or no place left to wait for one.
+
+    A client that lost its connection in the middle does not always tell that apart: the
+    task may have arrived then.
+
+    .. versionadded:: 0.1.0
+    """
+
+
+class Refused(EngineError):
+    """Raised when the engine, or its client, did not take the task; the cause says why.
+
+    .. versionadded:: 0.1.0
+    """
+
+
+class NotSerialisable(EngineError, TypeError):
+    """Raised when a task is added with arguments that its engine cannot send.
+
+    .. versionadded:: 0.1.0
+    """
+
+
+class OutcomeUnknown(EngineError, TimeoutError):
+    """Raised when the engine has not answered in time: the task may still run.
+
+    .. versionadded:: 0.1.0
+    """
+
+
+class Client:
+    """Calls what hands tasks over to an engine, as every adapter has to.
+
+    A call that takes too long is given up. If it blocks, its thread goes on and keeps
+    its place until it ends, so that a dead broker cannot fill the process with threads.
+    Once all places are held like that, calls fail at once. As the exit of the process
+    waits for such threads, what is called should have a time limit of its own, too.
+
+    Example:
+        .. code-block:: python
+
+            import anyio
+
+            from postlude.engines import Client
+
+
+            def send(task: str) -> str:
+                return f"id of {task}"
+
+
+            async def main() -> None:
+                client = Client("spool", timeout=2)
+                client.open()
+                assert await client.call("resize", send, "resize") == "id of resize"
+                client.close()
+
+
+            anyio.run(main)
+
+    Args:
+        engine: The name of the engine.
+        timeout: How long a call may take, in seconds, the waiting for a thread
+            included; `None` for no limit.
+        threads: How many threads those that block may hold at once, in an event loop;
+            and how many of those given up there may be, in all.
+        unreachable: What is raised when there is no connection, beside `OSError`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is too small.
+
+    .. versionadded:: 0.1.0
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        *,
+        timeout: float | None = 2,
+        threads: int = 10,
+        unreachable: tuple[type[Exception], ...] = (),
+    ) -> None:
+        _check(engine, timeout, threads)
+        self._engine = engine
+        self._timeout = timeout
+        self._threads = threads
+        self._unreachable: tuple[type[Exception], ...] = (OSError, *unreachable)
+        # Older versions of AnyIO know these by their names.
+        self._here: anyio.lowlevel.RunVar[_Here | None] = anyio.lowlevel.RunVar(
+            f"postlude_client_{next(_numbers)}", None
+        )
+        # How often it has been opened, in all event loops.
+        self._opened = 0
+        # How many threads go on with calls that have been given up. Event loops come
+        # and go meanwhile, so that it is counted by the threads.
+        self._left_behind = 0
+        self._lock = Lock()
+
+    def open(self) -> None:
+        """Allows calls in the running event loop, until it is closed as often."""
+        here = self._here.get() or _Here(self._threads)
+        self._here.set(here)
+        here.opened += 1
+        with self._lock:
+            self._opened += 1
+
+    def close(self) -> None:
+        """Ends what `open` has begun.
+
+        Raises:
+            RuntimeError: If it is not open in this event loop.
+        """
+        self._open_here().opened -= 1
+        with self._lock:
+            self._opened -= 1
+
+    def check_open(self) -> None:
+        """Refuses to be used outside the application's lifespan; from any thread.
+
+        Raises:
+            RuntimeError: If it is not open in any event loop.
+        """
+        if not self._opened:
+            raise self._not_open()
+
+    async def call(self, task: str, send: Callable[..., Any], *args: Any) -> Any:
+        """Calls what sends a task: awaits it if it is async, or else in a thread.
+
+        Args:
+            task: What messages call the task.
+            send: What to call.
+            *args: Arguments to call it with.
+
+        Returns:
+            What it returns; if that is awaitable, what comes of it.
+
+        Raises:
+            RuntimeError: If it is not open in this event loop.
+            BrokerUnreachable: If it raises `OSError` or what counts as that, or finds
+                no thread in time.
+            OutcomeUnknown: If it takes too long, or raises `TimeoutError`.
+            Refused: If it raises anything else, but for an `EngineError`.
+        """
+        here = self._open_here()
+        attempt = _Attempt(self, here, task, partial(send, *args))
+        with anyio.move_on_after(self._timeout) as scope:
+            try:
+                if StockTask(send).is_async:
+                    attempt.is_begun = True
+                    result = await send(*args)
+                else:
+                    result = await attempt.in_thread()
+                return await result if isawaitable(result) else result
+            except EngineError:
+                raise
+            except Exception as exc:
+                # Some clients make an error of their own of the cancellation.
+                is_late = scope.cancel_called or isinstance(exc, TimeoutError)
+                raise self._error(task, exc, is_late=is_late) from exc
+        if attempt.is_begun:
+            raise OutcomeUnknown(
+                f"{task} may still run: {self._engine} did not answer within "
+                f"{self._timeout} s"
+            )
+        raise BrokerUnreachable(
+            f"{self._engine} is out of reach for {task}: all {self._threads} threads "
+            f"waited for it for {self._timeout} s"
+        )
+
+    def _open_here(self) -> _Here:
+        here = self._here.get()
+        if here is None or not here.opened:
+            raise self._not_open()
+        return here
+
+    def _not_open(self) -> RuntimeError:
+        return RuntimeError(
+            f"the engine {self._engine!r} is not open: write `async with engine:` "
+            "around what the application's lifespan yields to"
+        )
+
+    def _error(self, task: str, cause: Exception, *, is_late: bool) -> EngineError:
+        told = f"{type(cause).__name__}: {cause}"
+        if is_late:
+            return OutcomeUnknown(
+                f"{task} may still run: {self._engine} did not answer in time: {told}"
+            )
+        if isinstance(cause, self._unreachable):
+            return BrokerUnreachable(
+                f"{self._engine} is out of reach for {task}: {told}"
+            )
+        return Refused(f"{self._engine} did not take {task}: {told}")
+
+
+class _Here:
+    """What a client has in an event loop.
+
+    Args:
+        threads: How many it may have at once.
+    """
+
+    def __init__(self, threads: int) -> None:
+        # How often it has been opened.
+        self.opened = 0
+        self.places = anyio.CapacityLimiter(threads)
+        # For AnyIO, which would give a place back while its thread goes on.
+        self.unlimited = anyio.CapacityLimiter(math.inf)
+
+
+class _Attempt:
+    """One call in a thread, which may be left behind.
+
+    Args:
+        client: Whose call it is.
+        here: What that has in the running event loop.
+        task: What messages call the task.
+        send: What to call.
+    """
+
+    def __init__(
+        self, client: Client, here: _Here, task: str, send: Callable[[], Any]
+    ) -> None:
+        self.is_begun = False
+        self._client = client
+        self._here = here
+        self._task = task
+        self._send = send
+        self._is_in_thread = False
+        self._is_given_up = False
+
+    async def in_thread(self) -> Any:
+        """Makes the call, as soon as it has a place."""
+        client = self._client
+        if client._left_behind >= client._threads:
+            raise BrokerUnreachable(
+                f"{client._engine} is out of reach for {self._task}: all "
+                f"{client._threads} threads wait for it, and have been given up"
+            )
+        places = self._here.places
+        try:
+            # It spares the event loop a round.
+            places.acquire_on_behalf_of_nowait(self)
+        except Exception:
+            # There is none; on Trio older versions of AnyIO raise something else.
+            await places.acquire_on_behalf_of(self)
+        release = partial(places.release_on_behalf_of, self)
+        self._release_from_thread = _from_thread(release)
+        try:
+            [result] = await anyio.to_thread.run_sync(
+                self._work, abandon_on_cancel=True, limiter=self._here.unlimited
+            )
+            return result
+        finally:
+            with client._lock:
+                self._is_given_up = True
+                goes_on = self._is_in_thread
+                client._left_behind += goes_on
+            if not goes_on:
+                release()
+
+    def _work(self) -> list[Any]:
+        """Makes the call; returns a list, as Trio refuses what returns a coroutine."""
+        lock = self._client._lock
+        with lock:
+            if self._is_given_up:
+                return [None]
+            self.is_begun = self._is_in_thread = True
+        failure: BaseException | None = None
+        try:
+            return [self._send()]
+        except BaseException as exc:
+            failure = exc
+            raise
+        finally:
+            with lock:
+                self._is_in_thread = False
+                self._client._left_behind -= self._is_given_up
+            if self._is_given_up:
+                self._release_from_thread()
+                # The only one left to say what has become of it.
+                how = "failed" if failure else "has come to its end"
+                message = "handing %r over to %r %s after it had been given up"
+                logger.warning(message, self._task, self._client._engine, how)
+
+
+def _check(engine: Any, timeout: Any, threads: Any) -> None:
+    if not isinstance(engine, str) or not engine:
+        raise TypeError(f"the name of an engine must be a string, not {engine!r}")
+    if not isinstance(timeout, int | float | None) or isinstance(timeout, bool):
+        raise TypeError(
+            f"timeout must be seconds, or None for no limit, not {timeout!r}"
+        )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(
+            f"timeout must be more than 0, or None for no limit, not {timeout!r}"
+        )
+    if not isinstance(threads, int) or isinstance(threads, bool):
+        raise TypeError(f"threads must be an int, not {threads!r}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads!r}")

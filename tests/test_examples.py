@@ -1,11 +1,13 @@
 """Each example, as a process that serves real clients."""
 
 import json
+import os
 import re
 import runpy
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Generator
@@ -548,3 +550,47 @@ def test_cpu_bound_work_is_done_in_another_process(tmp_path: Path) -> None:
         report = httpx2.get(url).json()
         assert report["primes"].startswith("168 (by process ")
         assert str(report["server"]) not in report["primes"]
+
+
+def upload(server: Server) -> dict[str, str]:
+    response = httpx2.post(f"{server.url}/photos/cat")
+    assert response.status_code == 202
+    receipt: dict[str, str] = response.json()
+    return receipt
+
+
+def are_made(log: Path, process: int) -> bool:
+    made = [f"process {process} made cat, {width} wide" for width in (64, 1024)]
+    return {*made} <= {*log.read_text(encoding="utf-8").splitlines()}
+
+
+def test_without_the_setting_a_function_runs_in_the_server(tmp_path: Path) -> None:
+    with serving("engine_switch", tmp_path) as server:
+        assert upload(server)["engine"] == "here"
+        wait_until(lambda: are_made(server.log, server.process.pid))
+
+
+def test_one_setting_moves_a_function_to_the_worker(tmp_path: Path) -> None:
+    def waiting() -> list[Path]:
+        return sorted(tmp_path.glob("*.call"))
+
+    with serving("engine_switch", tmp_path, ENGINE="spool") as server:
+        receipt = upload(server)
+        wait_until(lambda: len(waiting()) == 2)
+    assert receipt == {"engine": "spool", "id": waiting()[0].stem}
+    log = tmp_path / "worker.log"
+    directory = str(example("engine_switch").parent)
+    code = f"import sys; sys.path.insert(0, {directory!r})\n"
+    code += "import engine_switch; engine_switch.work()"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"ENGINE": "spool", "TMPDIR": str(tmp_path)},
+            stdout=output,
+        ) as worker,
+    ):
+        try:
+            wait_until(lambda: are_made(log, worker.pid) and not waiting())
+        finally:
+            worker.kill()

@@ -21,6 +21,8 @@ from servers import Server, start, wait_until
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 
+from postlude.middleware import Status
+
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/*.py"))
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 
@@ -402,8 +404,7 @@ def test_the_health_endpoint_lists_what_is_running_and_waiting(tmp_path: Path) -
             assert (task["method"], task["path"]) == ("POST", "/photos/cat")
             assert 0 <= task["age"] < 60
         assert len({task["id"] for task in tasks}) == len(tasks)
-        counts = ["running_groups", "waiting_groups", "running_tasks", "waiting_tasks"]
-        idle: dict[str, object] = {**dict.fromkeys(counts, 0), "tasks": []}
+        idle: dict[str, object] = {**Status(0, 0, 0, 0)._asdict(), "tasks": []}
         wait_until(lambda: httpx2.get(f"{server.url}/healthz").json() == idle)
 
 

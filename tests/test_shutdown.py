@@ -306,7 +306,9 @@ def test_workers_may_get_the_signal_beside_their_master(
 
 @in_each_mode
 def test_tasks_end_before_uvicorn_reloads(mode: dict[str, str], tmp_path: Path) -> None:
-    source = Path(shutil.copy(HERE / "served.py", tmp_path))
+    source, _ = [
+        Path(shutil.copy(HERE / name, tmp_path)) for name in ("served.py", "chores.py")
+    ]
     reloading = f"uvicorn --app-dir={tmp_path} --reload --reload-dir={tmp_path}"
     with serve(reloading, tmp_path, **mode) as server:
         start_tasks(server, 15)

@@ -1773,7 +1773,7 @@ async def test_a_lifespan_that_ends_early_takes_the_tasks_with_it(
         if fails:
             raise error
 
-    app = wrap(lifespan, detach=detach, drain_timeout=0.05)
+    app = wrap(lifespan, detach=detach, drain_timeout=1)
     server = Server(app)
     event = anyio.Event()
     done = tasks(named("done", event.wait))

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import functools
 import gc
+import itertools
 import logging
 import re
 import threading
@@ -2870,6 +2871,7 @@ class Units:
         self.ended: list[str] = []
         self.stuck: set[str] = set()
         self.handles: dict[str, BackgroundTask] = {}
+        self._numbers = itertools.count()
 
     def group(self, plan: tuple[int, list[Any]]) -> BackgroundTasks:
         concurrency, items = plan
@@ -2880,15 +2882,16 @@ class Units:
             elif item == "stock":
                 made = starlette.background.BackgroundTask(self.unit(item, group))
             else:
-                unit = self.unit(item, group)
-                made = self.handles[self.made[-1]] = BackgroundTask(unit)
+                made = BackgroundTask(self.unit(item, group))
+                self.handles[made.name] = made
             if not concurrency:
                 made = starlette.background.BackgroundTasks([made])
             group.tasks.append(made)
         return group
 
     def unit(self, kind: str, group: BackgroundTasks) -> Callable[[], Any]:
-        name = f"{kind} {len(self.made)}"
+        # Threads make some as well.
+        name = f"{kind} {next(self._numbers)}"
         self.made.append(name)
         func = getattr(self, kind)
         args = (

@@ -15,6 +15,7 @@ from unittest.mock import ANY, Mock
 
 import anyio
 import anyio.to_thread
+import fastapi
 import httpx2
 import pytest
 import starlette.background
@@ -38,6 +39,7 @@ from postlude import (
     task,
 )
 from postlude._supervisor import Job
+from postlude.fastapi import BackgroundTasks as Injected
 from postlude.testing import (
     CapturedTasks,
     call,
@@ -707,3 +709,23 @@ def test_the_package_does_not_import_what_is_for_tests() -> None:
     modules = imported_by("import postlude.responses")
     assert "postlude.middleware" in modules
     assert not {"postlude.testing", "_postlude_pytest", "pytest"} & modules
+
+
+@pytest.mark.parametrize("detach", [None, False, True])
+def test_what_fastapi_injects_is_captured(detach: bool | None) -> None:
+    log: list[str] = []
+    api = fastapi.FastAPI()
+
+    @api.post("/")
+    def endpoint(background: Injected) -> None:
+        background.add_task(log.append, "ran")
+
+    app: ASGIApp = api
+    if detach is not None:
+        app = BackgroundTasksMiddleware(api, detach=detach)
+    with TestClient(app) as client, capture_tasks() as captured:
+        client.post("/")
+        assert captured == [call(log.append, "ran")]
+        assert log == []
+        captured.run_sync()
+    assert log == ["ran"]

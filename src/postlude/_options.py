@@ -272,14 +272,7 @@ def _check(
         raise TypeError(f"name must be a string, not {name!r}")
     if name == "":
         raise ValueError("name must not be empty; leave it out for the function's own")
-    if not isinstance(timeout, int | float | None) or isinstance(timeout, bool):
-        raise TypeError(
-            f"timeout must be seconds, or None for no limit, not {timeout!r}"
-        )
-    if timeout is not None and not timeout > 0:
-        raise ValueError(
-            f"timeout must be more than 0, or None for no limit, not {timeout!r}"
-        )
+    check_timeout(timeout)
     kinds = int | anyio.CapacityLimiter | None
     if not isinstance(limiter, kinds) or isinstance(limiter, bool):
         raise TypeError(
@@ -290,6 +283,18 @@ def _check(
     for option, value in {"process": process, "always": always}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{option} must be True or False, not {value!r}")
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuses a time limit that is none."""
+    if not isinstance(timeout, int | float | None) or isinstance(timeout, bool):
+        raise TypeError(
+            f"timeout must be seconds, or None for no limit, not {timeout!r}"
+        )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(
+            f"timeout must be more than 0, or None for no limit, not {timeout!r}"
+        )
 
 
 def _check_engine(engine: Any) -> None:
@@ -529,7 +534,7 @@ def _call_method(func: object) -> Any:
 
 
 def limiter_here(
-    variable: anyio.lowlevel.RunVar[anyio.CapacityLimiter], limit: int
+    variable: anyio.lowlevel.RunVar[anyio.CapacityLimiter], limit: float
 ) -> anyio.CapacityLimiter:
     """Returns the running event loop's limiter."""
     limiter = variable.get(None)

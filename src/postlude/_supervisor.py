@@ -34,6 +34,7 @@ from starlette.types import Scope
 from typing_extensions import override
 
 from ._limits import Call
+from ._options import limiter_here
 from ._tasks import (
     _CANCELLED,
     _COROUTINE,
@@ -375,11 +376,7 @@ class Job:
 
     def threads(self) -> anyio.CapacityLimiter:
         """Returns the limit of threads for the tasks of this event loop."""
-        limiter = self._settings.limiter.get(None)
-        if limiter is None:
-            limiter = anyio.CapacityLimiter(self._settings.threads)
-            self._settings.limiter.set(limiter)
-        return limiter
+        return limiter_here(self._settings.limiter, self._settings.threads)
 
     def call(self, task: BackgroundTask) -> Any:
         """Calls the function of a sync task, in the task's context."""

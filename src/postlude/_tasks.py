@@ -54,6 +54,7 @@ from ._options import (
     check_foreign,
     check_outermost,
     handing_over,
+    limiter_here,
     name_of,
     options_of,
     run_options_of,
@@ -1019,12 +1020,7 @@ def _in_worker_thread() -> bool:
 
 def _worker_threads() -> anyio.CapacityLimiter:
     """Returns the running event loop's limit of threads that tasks may hold at once."""
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = anyio.CapacityLimiter(_THREADS)
-        _limiter.set(limiter)
-        return limiter
+    return limiter_here(_limiter, _THREADS)
 
 
 def _is_limited(task: BackgroundTask) -> bool:

@@ -17,6 +17,7 @@ import anyio.to_thread
 from starlette.background import BackgroundTask as StockTask
 
 from postlude._limits import _from_thread
+from postlude._options import check_timeout
 
 logger = logging.getLogger("postlude")
 
@@ -319,14 +320,7 @@ class _Attempt:
 def _check(engine: Any, timeout: Any, threads: Any) -> None:
     if not isinstance(engine, str) or not engine:
         raise TypeError(f"the name of an engine must be a string, not {engine!r}")
-    if not isinstance(timeout, int | float | None) or isinstance(timeout, bool):
-        raise TypeError(
-            f"timeout must be seconds, or None for no limit, not {timeout!r}"
-        )
-    if timeout is not None and not timeout > 0:
-        raise ValueError(
-            f"timeout must be more than 0, or None for no limit, not {timeout!r}"
-        )
+    check_timeout(timeout)
     if not isinstance(threads, int) or isinstance(threads, bool):
         raise TypeError(f"threads must be an int, not {threads!r}")
     if threads < 1:

@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import (
     AsyncGenerator,
@@ -1230,6 +1231,13 @@ def raising(error: BaseException, *, sync: bool) -> Task:
     return noting([], "raising", error=error, sync=sync)
 
 
+def exits_at_once() -> Task:
+    async def exit_() -> None:
+        raise GeneratorExit
+
+    return exit_
+
+
 def returning(call: Callable[[], Awaitable[object]]) -> Task:
     return lambda: call()  # noqa: PLW0108 - a sync callable that returns an awaitable
 
@@ -1247,6 +1255,7 @@ FAILURES: dict[str, Callable[[], Task]] = {
     "strange in thread": lambda: raising(Strange(), sync=True),
     "group": lambda: raising(BaseExceptionGroup("", [Strange()]), sync=False),
     "generator exit": lambda: raising(GeneratorExit(), sync=False),
+    "generator exit at once": exits_at_once,
     "generator exit in thread": lambda: raising(GeneratorExit(), sync=True),
     "stop": lambda: raising(StopIteration(), sync=True),
     "kept cancellation": kept_cancellation,
@@ -2116,12 +2125,14 @@ async def test_what_is_added_as_the_last_task_ends_runs(
 
 
 async def test_what_is_added_as_the_request_ends_is_refused(mode: Mode) -> None:
-    class Closing(list[Any]):
-        """A list to which a task is added a moment before the request ends."""
+    class Closing(tuple[Any, ...]):
+        """Tasks to which one is added a moment before the request ends."""
 
-        def append(self, task: Any) -> None:
-            super().append(task)
+        __slots__ = ()
+
+        def __add__(self, tasks: Any) -> Any:
             here.is_open = False
+            return super().__add__(tasks)
 
     here: Any = None
 
@@ -2134,7 +2145,97 @@ async def test_what_is_added_as_the_request_ends_is_refused(mode: Mode) -> None:
             add_task(print)
 
     await serve(app, mode)
-    assert here._added == []
+    assert here._added == ()
+
+
+async def test_a_context_that_lives_on_does_not_keep_the_connection(mode: Mode) -> None:
+    class Connection:
+        async def send(self, message: Message) -> None:
+            # As a server does that starts a timer by the last message.
+            contexts.append(contextvars.copy_context())
+
+    def keep_context() -> None:
+        contexts.append(contextvars.copy_context())
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        add_task(keep_context)
+        await Response(background=BackgroundTask(keep_context))(scope, receive, send)
+
+    contexts: list[contextvars.Context] = []
+    connection = Connection()
+    scope: Scope = {"type": "http", "path": "/", "method": "GET", "own": connection}
+    async with served(app, mode) as wrapped:
+        await wrapped(scope, receive, connection.send)
+    assert len(contexts) == 4
+    alive = weakref.ref(connection)
+    del connection, scope
+    gc.collect()
+    assert alive() is None
+
+
+async def test_tasks_run_although_a_scope_lacks_what_is_logged(mode: Mode) -> None:
+    log: list[str] = []
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    app = answering(lambda: Response(background=BackgroundTask(noting(log, "task"))))
+    async with served(app, mode) as wrapped:
+        await wrapped({"type": "http"}, receive, send)
+    assert log == ["task"]
+
+
+async def test_nothing_is_sent_after_the_application_has_returned(mode: Mode) -> None:
+    sends: list[Send] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        sends.append(send)
+        await respond(send)
+
+    await serve(app, mode)
+    with pytest.raises(
+        RuntimeError, match=r"http.response.start was sent after the ap"
+    ):
+        await respond(sends[0])
+
+
+@only("detached")
+async def test_what_is_added_to_a_group_that_waits_runs_after_it(mode: Mode) -> None:
+    log: list[str] = []
+    event = anyio.Event()
+    contexts: list[contextvars.Context] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        contexts.append(contextvars.copy_context())
+        group = BackgroundTasks()
+        if len(contexts) == 1:
+            group.add_task(event.wait)
+        else:
+            group.add_task(log.append, "first")
+            group.add_task(log.append, "second")
+        await Response(background=group)(scope, receive, send)
+
+    async with (
+        served(app, mode, max_running=1) as wrapped,
+        anyio.create_task_group() as requests,
+    ):
+        for waiting in range(2):
+            requests.start_soon(request, wrapped)
+            with anyio.fail_after(10):
+                while wrapped.status()[:2] != (1, waiting):
+                    await checkpoint()
+        for name in "third", "fourth":
+            contexts[1].run(add_task, log.append, name)
+        states = [task.state for task in wrapped.tasks()]
+        assert states == ["running", *["pending"] * 4]
+        event.set()
+    assert log == ["first", "second", "third", "fourth"]
 
 
 async def test_what_a_thread_adds_runs_or_is_refused(mode: Mode) -> None:

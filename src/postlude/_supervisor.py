@@ -58,6 +58,7 @@ from ._tasks import (
     _is_limited,
     _leaves,
     _log_failures,
+    _no_exit,
     _prepare,
     _Trip,
     cut_short,
@@ -111,7 +112,8 @@ class Job:
 
     Args:
         tasks: What to run. Groups among them may grow; this list does by `add` alone.
-        scope: The scope of the request.
+        request: What log records tell of the request. Not its scope: contexts that
+            live on hold the job, such as those of a server's timers.
         settings: What the middleware has been told.
         supervisor: What the job belongs to, or `None` if it runs within its request.
     """
@@ -138,11 +140,11 @@ class Job:
     def __init__(
         self,
         tasks: list[StockTask],
-        scope: Scope,
+        request: dict[str, str],
         settings: Settings,
         supervisor: Supervisor | None,
     ) -> None:
-        self.request = scope
+        self.request = request
         self.since = monotonic()
         self.is_open = True
         # By one of these the job is cancelled: on asyncio, and on Trio.
@@ -155,12 +157,19 @@ class Job:
         self._observers = settings.observers
         if logger.isEnabledFor(logging.DEBUG):
             # The innermost, so that its records carry what the others set.
-            self._observers += (partial(_logged, request=scope),)
+            self._observers += (partial(_logged, request=request),)
         self._supervisor = supervisor
-        self._strands: list[_Strand] = [_Strand(tasks)]
+        # Where there is but a group, its tasks are what the job begins with.
+        group: Any = tasks[0] if len(tasks) == 1 else None
+        if type(group) is BackgroundTasks and group._concurrency == 1:
+            strand = _Strand(group.tasks)
+            strand.group = group
+        else:
+            strand = _Strand(tasks)
+        self._strands = [strand]
         self._stopping = False
         self._is_lost = False
-        self._waiters: list[Callable[[], None]] = []
+        self._waiters: tuple[Callable[[], None], ...] = ()
         self._handles: dict[int, BackgroundTask] = {}
         self._accepted: dict[int, object] = {}
         if settings.accepting:
@@ -191,6 +200,11 @@ class Job:
             if not self.is_open:
                 return False
             self._tasks += tasks
+            if all(strand.tasks is not self._tasks for strand in self._strands):
+                # It goes on after the group that the job has begun with.
+                strand = _Strand(self._tasks)
+                strand.position = 1
+                self._strands.insert(0, strand)
         if self._settings.accepting:
             for task in self._singles(tasks):
                 self._accept(task)
@@ -198,10 +212,8 @@ class Job:
 
     def begins_here(self) -> bool:
         """Whether the first task may end before anything has to be waited for."""
-        task: Any = self._tasks[0]
-        if type(task) is BackgroundTasks and task.tasks:
-            task = task.tasks[0]
-        return type(task) is not BackgroundTask or task.is_async
+        tasks = self._strands[-1].tasks
+        return not tasks or getattr(tasks[0], "is_async", True)
 
     @property
     def is_supervised(self) -> bool:
@@ -218,11 +230,11 @@ class Job:
         if self.is_open and self.native is not None:
             # A tenth of the costs of an event.
             waiter = self.native.get_loop().create_future()
-            self._waiters.append(partial(_wake, waiter))
+            self._waiters += (partial(_wake, waiter),)
             return waiter
         if self.is_open:
             event = anyio.Event()
-            self._waiters.append(event.set)
+            self._waiters += (event.set,)
             return event.wait()
         return NOTHING
 
@@ -235,25 +247,10 @@ class Job:
                 await self._cut_short(cause)
                 self.end()
 
-    async def run(self) -> None:
-        """Runs the tasks for the supervisor.
-
-        Only what ends everything leaves, and on Trio the cancellation, as it must.
-        """
-        broken_off = True
-        try:
-            await self._run_strand(self._strands[0])
-            broken_off = False
-        except BaseException as exc:
-            if self.native is None or not _is_cancelled_error(exc):
-                raise
-        finally:
-            self.end(broken_off=broken_off)
-
     async def _run_here(self) -> None:
         self._settings.unsupervised.add(self)
         try:
-            await self._run_strand(self._strands[0])
+            await self.run()
         except BaseException as exc:
             await self._cut_short(exc)
             raise
@@ -416,7 +413,7 @@ class Job:
 
     def log(self, failures: list[Failure]) -> None:
         """Logs what has failed."""
-        _log_failures(failures, describe(self.request))
+        _log_failures(failures, self.request)
 
     def _left_of(self, strand: _Strand) -> Iterator[tuple[BackgroundTask, str]]:
         task = strand.task
@@ -439,30 +436,46 @@ class Job:
             self._handles[id(task)] = _handle(task)
         return self._handles[id(task)]
 
-    async def _run_strand(  # noqa: PLR0912 - in one piece for the sake of short tasks
-        self, first: _Strand
-    ) -> list[Failure]:
-        """Runs tasks one after the other and returns what failed.
+    async def run(  # noqa: PLR0912, PLR0915 - in one piece, as short tasks cost less so
+        self, first: _Strand | None = None
+    ) -> None:
+        """Runs the tasks, one after the other.
 
-        The tasks of a group run on a strand of their own, and then this one goes on.
+        The tasks of a group run on a strand of their own, and then the one around it
+        goes on; in the end what has been added meanwhile. For the supervisor, only what
+        ends everything leaves, and on Trio the cancellation, as it must.
+
+        Args:
+            first: The strand of one of several tasks that run at once, to run that
+                alone.
         """
-        strand = first
+        first = strand = first or self._strands[-1]
         is_bare = not self._observers
+        if (group := first.group) is not None:
+            group._state = _RUNNING
         try:
             while True:
                 tasks, position = strand.tasks, strand.position
                 if position >= len(tasks) or self._stopping:
+                    outer = strand.outer
                     if strand is not first:
-                        strand = self._go_back(strand)
-                    elif self._stopping or self._is_over(strand):
-                        return strand.failures
+                        self._go_back(strand)
+                    else:
+                        if group is not None:
+                            self._go_back(strand)
+                        # One of several at once has none to go back to either.
+                        outer = None if self._stopping or outer else self._next()
+                        if outer is None:
+                            break
+                        first, group = outer, None
+                    strand = cast("_Strand", outer)
                     continue
                 task: Any = tasks[position]
                 # To tell that one is none of the special takes as long as it does.
                 is_plain = (
                     type(task) is BackgroundTask
-                    and task._options is None
                     and type(task.func) is FunctionType
+                    and task._options is None
                 )
                 if not is_plain and (inner := self._enter(strand, task)) is not None:
                     strand.position = position + 1
@@ -481,8 +494,8 @@ class Job:
                 task._started = time()
                 try:
                     if (
-                        is_bare
-                        and is_plain
+                        is_plain
+                        and is_bare
                         and task.func.__code__.co_flags & _COROUTINE
                     ):
                         # To call it is not to take a step yet.
@@ -490,7 +503,15 @@ class Job:
                         call = task.func(*task.args, **task.kwargs)
                     else:
                         call = self._call(strand, task)
-                    await _in_context(context, call)
+                    try:
+                        # Most short functions have ended by then.
+                        yielded = context.run(call.send, None)
+                    except StopIteration:
+                        pass
+                    except GeneratorExit as exc:
+                        raise _no_exit() from exc
+                    else:
+                        await _in_context(context, call, yielded)
                 except BaseException as exc:
                     # Log records carry what is in the context, such as a request id.
                     if not context.run(self.fails, task, exc, strand.failures):
@@ -502,10 +523,20 @@ class Job:
                 native = strand.native or self.native
                 if native is not None and native.cancelling():
                     await self._forgive(native)
-        finally:
-            # There are groups to go back from only if this has been cut short.
+        except BaseException as exc:
             while strand is not first:
-                strand = self._go_back(strand, is_cut_short=True)
+                self._go_back(strand, is_cut_short=True)
+                strand = cast("_Strand", strand.outer)
+            if group is not None:
+                self._go_back(first, is_cut_short=True)
+            if self._supervisor is None or first.outer is not None:
+                raise
+            self.end(broken_off=True)
+            if self.native is None or not _is_cancelled_error(exc):
+                raise
+        else:
+            if self._supervisor is not None and first.outer is None:
+                self.end()
 
     def _enter(self, outer: _Strand, task: StockTask) -> _Strand | None:
         """Returns a strand for what a task stands for, unless that is itself."""
@@ -530,27 +561,25 @@ class Job:
         self._strands.append(strand)
         return strand
 
-    def _go_back(self, strand: _Strand, *, is_cut_short: bool = False) -> _Strand:
-        """Ends a strand; returns the one around it."""
+    def _go_back(self, strand: _Strand, *, is_cut_short: bool = False) -> None:
+        """Ends a strand."""
+        group, failures = strand.group, strand.failures
+        state = _FAILED if failures else _SUCCEEDED
+        if is_cut_short or (self._stopping and not self._is_finished(strand)):
+            state = _CANCELLED if self._supervisor is None else _LOST
         # What has been stopped stays, to tell what is left of it.
         if not (is_cut_short or (self._stopping and any(self._left_of(strand)))):
             self._strands.remove(strand)
-        outer, failures = cast("_Strand", strand.outer), strand.failures
-        if strand.group is not None:
-            if is_cut_short or (self._stopping and not self._is_finished(strand)):
-                state = _CANCELLED if self._supervisor is None else _LOST
-            else:
-                state = _FAILED if failures else _SUCCEEDED
-            strand.group._state = state
-            if strand.handle is not None:
-                strand.handle._state = state
-                strand.handle._finished = time()
-            if failures:
-                for handle in strand.handles():
-                    handle._exception = _combined(failures)
+        if group is not None:
+            group._state = state
+            if (handle := strand.handle) is not None:
+                handle._state = state
+                handle._finished = time()
         if failures:
-            outer.failures += failures
-        return outer
+            for one in strand.handles():
+                one._exception = _combined(failures)
+            if strand.outer is not None:
+                strand.outer.failures += failures
 
     def _is_finished(self, strand: _Strand) -> bool:
         ends = (_SUCCEEDED, _FAILED)
@@ -571,14 +600,13 @@ class Job:
         if native is not None and native.cancelling():
             await self._forgive(native)
 
-    def _is_over(self, strand: _Strand) -> bool:
-        """Whether a strand has ended, and with the first one the job, for good."""
-        if strand.tasks is not self._tasks:
-            return True
+    def _next(self) -> _Strand | None:
+        """Returns what the job goes on with, or ends it."""
         with lock:
             # Another thread may have added a task meanwhile.
-            self.is_open = strand.position < len(self._tasks)
-            return not self.is_open
+            strand = self._strands[0] if self._strands else None
+            self.is_open = strand is not None and strand.position < len(strand.tasks)
+            return strand if self.is_open else None
 
     async def _forgive(self, native: asyncio.Task[Any]) -> None:
         """Keeps the cancellation of a task by itself from those after it."""
@@ -622,7 +650,7 @@ class Job:
             one = _Strand([task], native, strand)
             self._strands.append(one)
             try:
-                await self._run_strand(one)
+                await self.run(one)
             except anyio.get_cancelled_exc_class():
                 # To be stopped is told to each task by itself, and then the group ends.
                 if anyio.current_effective_deadline() == -math.inf:
@@ -680,14 +708,14 @@ class _Ahead(Coroutine[Any, Any, None]):
         self._begun: asyncio.Future[None] | None = None
         self.task = loop.create_task(self, context=Context())
 
-    def ends(self, job: Coroutine[Any, Any, None], context: Context) -> bool:
-        """Takes the first step of a job, in a context; returns whether that is all."""
+    def ends(self, job: Coroutine[Any, Any, None]) -> bool:
+        """Takes the first step of a job; returns whether that is all."""
         loop, task = self._loop, self.task
         outer = cast("asyncio.Task[Any]", asyncio.current_task(loop))
         _leave_task(loop, outer)
         _enter_task(loop, task)
         try:
-            yielded = context.run(job.send, None)
+            yielded = job.send(None)
         except StopIteration:
             return True
         except BaseException:
@@ -696,7 +724,7 @@ class _Ahead(Coroutine[Any, Any, None]):
         finally:
             _leave_task(loop, task)
             _enter_task(loop, outer)
-        self._job, self._context = job, context
+        self._job, self._context = job, copy_context()
         # A future is marked from being awaited until its task hears of it.
         self._yielded.append(_mark(yielded, is_awaited=False))
         if self._begun is not None:
@@ -943,7 +971,7 @@ class Supervisor:
                 if ahead is None or ahead.task.cancelling():
                     ahead = _Ahead(self._loop)
                 job.native = ahead.task
-                if ahead.ends(job.run(), copy_context()):
+                if ahead.ends(job.run()):
                     # A task may have called the application, and so need another one.
                     if self._ahead is not None:
                         self._ahead.task.cancel()
@@ -1104,9 +1132,9 @@ def _contain(exc: BaseException, observer: Observer, task: BackgroundTask) -> No
 
 
 @contextmanager
-def _logged(task: BackgroundTask, request: Scope) -> Generator[None]:
+def _logged(task: BackgroundTask, request: dict[str, str]) -> Generator[None]:
     """Logs when a task starts, and when and how it ends."""
-    extra = {"task_name": task.name, "task_id": task.id, **describe(request)}
+    extra = {"task_name": task.name, "task_id": task.id, **request}
     logger.debug("background task %r started", task.name, extra=extra)
     began = monotonic()
     how = "ended"
@@ -1207,7 +1235,7 @@ def plain(task: BackgroundTask) -> BackgroundTask:
 def describe(scope: Scope) -> dict[str, str]:
     """Returns what log records tell of a request."""
     method = scope.get("method", "WEBSOCKET")
-    return {"request_method": method, "request_path": scope["path"]}
+    return {"request_method": method, "request_path": scope.get("path", "")}
 
 
 def _set_state(tasks: Iterable[StockTask], state: TaskState) -> None:

@@ -1060,31 +1060,46 @@ async def _await(
         await stepped
 
 
+# What a coroutine has yielded that has not taken its first step.
+_UNBEGUN = object()
+
+
 @coroutine
 def _in_context(
-    context: Context, call: Coroutine[Any, Any, T]
+    context: Context, call: Coroutine[Any, Any, T], yielded: Any = _UNBEGUN
 ) -> Generator[Any, Any, T]:
-    """Awaits a coroutine, with each of its steps run in a context."""
+    """Awaits a coroutine, with each of its steps run in a context.
+
+    Args:
+        context: The context.
+        call: The coroutine.
+        yielded: What its first step has yielded, if that has been taken.
+    """
     step: Callable[[Any], Any] = call.send
     value: Any = None
     while True:
+        if yielded is not _UNBEGUN:
+            try:
+                value = yield yielded
+                step = call.send
+            except GeneratorExit:
+                context.run(call.close)
+                raise
+            except BaseException as exc:
+                value = exc
+                step = call.throw
         try:
             yielded = context.run(step, value)
         except StopIteration as stop:
             result: T = stop.value
             return result
         except GeneratorExit as exc:
-            # Not the one by which this is closed, which comes to the yield below.
-            raise RuntimeError("GeneratorExit raised") from exc
-        try:
-            value = yield yielded
-            step = call.send
-        except GeneratorExit:
-            context.run(call.close)
-            raise
-        except BaseException as exc:
-            value = exc
-            step = call.throw
+            raise _no_exit() from exc
+
+
+def _no_exit() -> RuntimeError:
+    """Returns what is raised in place of a `GeneratorExit` by which nobody closed."""
+    return RuntimeError("GeneratorExit raised")
 
 
 def _parts(exc: BaseException) -> Iterator[BaseException]:

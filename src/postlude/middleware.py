@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import anyio.lowlevel
 from starlette.background import BackgroundTask as StockTask
@@ -42,7 +42,9 @@ _numbers = itertools.count(1)
 # The lowest status of an error.
 _ERRORS = 400
 # A test that keeps tasks from running puts another class in its place.
-job_class: Callable[[list[StockTask], Scope, Settings, Supervisor | None], Job] = Job
+job_class: Callable[
+    [list[StockTask], dict[str, str], Settings, Supervisor | None], Job
+] = Job
 
 
 def add_task(
@@ -300,6 +302,7 @@ class BackgroundTasksMiddleware:
                 await job.complete()
         finally:
             scope.pop(_KEY, None)
+            request.let_go()
             try:  # noqa: SIM105 - suppress() takes longer than what it guards
                 home.reset(token)
             except ValueError:
@@ -345,7 +348,7 @@ class BackgroundTasksMiddleware:
                 task.id,
                 TaskState.PENDING if where == "pending" else TaskState.RUNNING,
                 now - job.since,
-                *describe(job.request).values(),
+                *job.request.values(),
             )
             for job in self._jobs()
             for task, where in job.outstanding()
@@ -489,9 +492,9 @@ class _Request:
         self._sent = False
         self._accepted = False
         # A group among them is to be called as well, by a framework that may drop it.
-        self._added: list[StockTask] = []
+        self._added: tuple[StockTask, ...] = ()
         self._called: tuple[StockTask, ...] = ()
-        self._handed_over: list[StockTask] = []
+        self._handed_over: tuple[StockTask, ...] = ()
         self._job: Job | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
@@ -521,14 +524,19 @@ class _Request:
         """Takes over a task once the response has been sent."""
         if not self._sent or not self.is_open:
             return None
-        tasks: list[StockTask] = [plain(task)]
+        tasks: list[StockTask] = [
+            task if type(task) is BackgroundTasks else plain(task)
+        ]
         if self._added or self._called:
             self._sort(tasks)
         if self.middleware._detach:
-            self._handed_over += tasks
+            self._handed_over += tuple(tasks)
             return NOTHING
-        tasks += self._chosen()
-        return self._give(tasks).complete() if tasks else NOTHING
+        if self._added:
+            tasks += self._chosen()
+        if tasks and (job := self._give(tasks)).is_open:
+            return job.complete()
+        return NOTHING
 
     def adopt(self, task: BackgroundTask) -> bool:
         """Takes over a task if the response has been sent, and lets nobody wait."""
@@ -536,7 +544,7 @@ class _Request:
             return False
         tasks: list[StockTask] = [task]
         self._sort(tasks)
-        self._handed_over += tasks
+        self._handed_over += tuple(tasks)
         return True
 
     def add(self, task: StockTask) -> None:
@@ -547,11 +555,11 @@ class _Request:
         """
         with lock:
             if self.is_open:
-                self._added.append(task)
+                self._added += (task,)
                 # A request is closed without the lock: it may have been meanwhile.
                 if self.is_open:
                     return
-                self._added.pop()
+                self._added = self._added[:-1]
         if self._job is None or not self._job.extend([task]):
             raise has_ended()
 
@@ -562,8 +570,17 @@ class _Request:
             return None
         tasks = [*self._handed_over, *self._chosen()]
         # The contexts of the tasks hold the request, which is not to hold them.
-        self._handed_over.clear()
+        self._handed_over = ()
         return self._give(tasks) if tasks else None
+
+    def let_go(self) -> None:
+        """Keeps alive no more than it must, as contexts that live on hold the request.
+
+        The timers of a server's connections have some of these.
+        """
+        self._scope, self._send = _NO_SCOPE, _refuse
+        if self._job is not None and not self._job.is_open:
+            self._job = None
 
     def _sort(self, tasks: list[StockTask]) -> None:
         """Takes the groups out of what is called whose turn comes after the rest.
@@ -582,7 +599,7 @@ class _Request:
         if not self._added:
             return []
         with lock:
-            added, self._added = self._added, []
+            added, self._added = [*self._added], ()
         groups = [task for task in added if isinstance(task, BackgroundTasks)]
         if not groups:
             return self._allowed(added)
@@ -617,11 +634,23 @@ class _Request:
         job = self._job
         if job is None or not job.extend(tasks):
             supervisor = self.middleware._supervisor()
-            job = job_class(tasks, self._scope, self.middleware._settings, supervisor)
+            about = describe(self._scope)
+            job = job_class(tasks, about, self.middleware._settings, supervisor)
             self._job = job
             if supervisor is not None and job._supervisor is not None:
                 supervisor.accept(job, at_once=not self.middleware._detach)
         return job
+
+
+# What a request has when it has ended.
+_NO_SCOPE: Scope = {}
+
+
+async def _refuse(message: Message) -> NoReturn:
+    raise RuntimeError(
+        f"{message['type']} was sent after the application had returned: await what "
+        "sends it before that"
+    )
 
 
 def _take_out(group: BackgroundTasks, tasks: list[StockTask]) -> bool:

@@ -8,8 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,6 +139,13 @@ async def test_what_cannot_be_sent_is_refused_when_it_is_added(
             await enqueue(declared(engine), argument)
 
 
+@pytest.mark.parametrize("headers", [None, "x", {"id": 7}, {7: "id"}])
+def test_headers_must_be_strings(headers: Any) -> None:
+    func = declared(shape(headers=lambda: headers))
+    with pytest.raises(TypeError, match="headers= must return a mapping of strings"):
+        BackgroundTask(func)
+
+
 @pytest.mark.anyio
 async def test_an_engine_is_used_within_its_lifespan_alone() -> None:
     engine = shape(send=lambda message: None)
@@ -172,13 +179,21 @@ class Taken(EngineError):
         (socket.gaierror("no"), ConnectionError, "spool is out of reach"),
         (Exotic("no"), BrokerUnreachable, "Exotic: no"),
         (LookupError("no"), Refused, f"spool did not take {UPLOAD}: LookupError: no"),
+        (SystemExit("no"), Refused, f"spool did not take {UPLOAD}: SystemExit: no"),
         (TimeoutError("no"), OutcomeUnknown, f"{UPLOAD} may still run: spool did not"),
+        (
+            redis.TimeoutError("no"),
+            OutcomeUnknown,
+            f"{UPLOAD} may still run: spool did",
+        ),
         (Taken("it is"), Taken, "^it is$"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+    ids=lambda value: (
+        type(value).__name__ if isinstance(value, BaseException) else None
+    ),
 )
 async def test_what_a_callable_raises_is_told_apart(
-    failure: Exception, error: type[Exception], message: str, *, sync: bool
+    failure: BaseException, error: type[Exception], message: str, *, sync: bool
 ) -> None:
     def send(message: Message) -> NoReturn:
         raise failure
@@ -212,6 +227,23 @@ async def test_enqueue_sync_in_a_worker_thread_submits_on_the_event_loop() -> No
 def test_enqueue_sync_in_a_script_runs_an_event_loop_of_its_own() -> None:
     func = declared(from_callable(lambda message: 17, name="spool"))
     assert enqueue_sync(func, 42) == Receipt("spool", "17")
+
+
+def test_enqueue_sync_in_a_script_starts_no_more_than_it_takes_to_hand_over() -> None:
+    class Embedded(CallableEngine):
+        async def __aenter__(self) -> NoReturn:
+            raise AssertionError("this starts a worker")
+
+        @asynccontextmanager
+        async def submitting(self) -> AsyncGenerator[None]:
+            await super().__aenter__()
+            yield
+            await super().__aexit__()
+
+    engine = Embedded(
+        "spool", lambda message: 17, str, timeout=2, threads=1, headers=None
+    )
+    assert enqueue_sync(declared(engine), 42) == Receipt("spool", "17")
 
 
 # --- time ----------------------------------------------------------------------------
@@ -300,8 +332,9 @@ async def test_threads_are_few_and_keep_their_places_until_they_end(
             with anyio.fail_after(10):
                 while await kind_of_failure(func) is not None:
                     await anyio.lowlevel.checkpoint()
-    what = f"handing {UPLOAD!r} over to 'spool' has come to its end after it had been"
-    assert sum(message.startswith(what) for message in caplog.messages) == 2
+    what = f"the call of 'spool' for {UPLOAD!r} has come to its end after it had been"
+    # A place is free a moment before its thread has told.
+    await wait_for(lambda: sum(what in message for message in caplog.messages) == 2)
 
 
 @pytest.mark.anyio
@@ -318,7 +351,7 @@ async def test_a_cancelled_hand_over_keeps_its_place_too(
                 group.cancel_scope.cancel()
             assert await kind_of_failure(func) is BrokerUnreachable
     wait_until(lambda: engine._client._left_behind == 0)
-    wait_until(lambda: "failed after it had been given up" in caplog.text)
+    wait_until(lambda: "failed with LookupError after it had been" in caplog.text)
 
 
 @pytest.mark.anyio

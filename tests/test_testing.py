@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import ANY, Mock
 
 import anyio
@@ -20,8 +20,9 @@ import httpx2
 import pytest
 import starlette.background
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,6 +40,9 @@ from postlude import (
     task,
 )
 from postlude._supervisor import Job
+from postlude.engines import Message as EngineMessage
+from postlude.engines import Receipt as SentReceipt
+from postlude.engines import enqueue, enqueue_sync, from_callable
 from postlude.fastapi import BackgroundTasks as Injected
 from postlude.testing import (
     CapturedTasks,
@@ -61,6 +65,7 @@ release = threading.Event()
 @pytest.fixture(autouse=True)
 def clean() -> Generator[None]:
     ran.clear()
+    sent.clear()
     release.clear()
     yield
     release.set()
@@ -498,6 +503,130 @@ def test_what_is_cleared_is_not_run() -> None:
     captured.run_sync()
     CapturedTasks().run_sync()
     assert ran == ["one"]
+
+
+# --- the tasks of an engine ----------------------------------------------------------
+
+sent: list[EngineMessage] = []
+engine = from_callable(sent.append, name="spool")
+
+
+@task(engine=engine)
+def resize(photo: object, *, func: str = "") -> None: ...
+
+
+def handing_over() -> ASGIApp:
+    async def endpoint(request: Request) -> Response:
+        add_task(resize, 1)
+        receipt = await enqueue(resize, 2, func="x")
+        return JSONResponse(receipt, 202)
+
+    def sync(request: Request) -> Response:
+        receipt = enqueue_sync(resize, 3)
+        if request.query_params:
+            raise HTTPException(404)
+        return JSONResponse(receipt, background=BackgroundTask(resize, 4))
+
+    routes = [Route("/", endpoint), Route("/sync", sync)]
+    return BackgroundTasksMiddleware(Starlette(routes=routes))
+
+
+@each_backend
+def test_what_would_be_handed_over_is_captured_without_a_lifespan(
+    backend: Any,
+) -> None:
+    client = TestClient(handing_over(), backend=backend)
+    with capture_tasks() as captured:
+        receipt = client.get("/").json()
+        assert receipt == ["captured", captured.tasks[0].id]
+        # What is enqueued does not wait for the end of the request.
+        assert captured == [call(resize, 2, func="x"), call(resize, 1)]
+        captured.clear()
+        receipt = client.get("/sync").json()
+        assert receipt == ["captured", captured.tasks[0].id]
+        assert captured == [call(resize, 3), call(resize, 4)]
+        captured.clear()
+        assert client.get("/sync?fail=1").status_code == 404
+        assert captured == [call(resize, 3)]
+        assert {task.state for task in captured.tasks} == {TaskState.PENDING}
+        with pytest.raises(RuntimeError, match="'spool' is not open"):
+            captured.run_sync()
+    assert not sent
+
+
+@pytest.mark.anyio
+async def test_what_is_captured_is_handed_over_once_the_engine_is_open() -> None:
+    with capture_tasks() as captured:
+        receipt = await enqueue(resize, 42)
+        assert captured == [call(resize, 42)]
+        async with engine:
+            await captured.run()
+    [message] = sent
+    assert message.name == f"{__name__}.resize"
+    [handle] = captured.tasks
+    assert handle.state is TaskState.SUCCEEDED
+    assert (receipt.id, handle.receipt) == (handle.id, SentReceipt("spool", ""))
+    with pytest.raises(RuntimeError, match="'spool' is not open"):
+        await enqueue(resize, 42)
+
+
+def test_what_a_script_enqueues_is_captured_and_the_engine_not_opened() -> None:
+    class Unreachable(type(engine)):  # type: ignore[misc]
+        async def __aenter__(self) -> NoReturn:
+            raise ConnectionError
+
+    unreachable = Unreachable(
+        "spool", sent.append, str, timeout=2, threads=1, headers=None
+    )
+
+    def index() -> None: ...
+
+    index.__qualname__ = "index"
+    task(engine=unreachable)(index)
+    with pytest.raises(ConnectionError):
+        enqueue_sync(index)
+    with capture_tasks() as captured:
+        assert enqueue_sync(index).engine == "captured"
+    assert captured == [call(index)]
+
+
+@pytest.mark.anyio
+async def test_what_is_captured_is_checked_as_if_it_were_handed_over() -> None:
+    def script() -> None: ...
+
+    script.__module__, script.__qualname__ = "__main__", "script"
+    task(engine=engine)(script)
+    wrong: list[tuple[Any, ...]] = [(resize, {1}), (resize,), (script,)]
+    errors = "cannot be sent a call", "cannot be called with", "cannot be handed over"
+    with capture_tasks() as captured:
+        for args, error in zip(wrong, errors, strict=True):
+            with pytest.raises(TypeError, match=error):
+                BackgroundTask(*args)
+            with pytest.raises(TypeError, match=error):
+                await enqueue(*args)
+    assert not captured
+
+
+def test_what_a_running_task_enqueues_is_not_captured() -> None:
+    async def endpoint(request: Request) -> Response:
+        add_task(hold)
+        return Response()
+
+    async def hold() -> None:
+        await anyio.to_thread.run_sync(release.wait, 10)
+        async with engine:
+            assert (await enqueue(resize, 42)).engine == "spool"
+        ran.append("handed over")
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    with TestClient(BackgroundTasksMiddleware(app, detach=True)) as client:
+        client.get("/")
+        with capture_tasks() as captured:
+            release.set()
+            wait_for_tasks_sync()
+    assert not captured
+    assert ran == ["handed over"]
+    assert len(sent) == 1
 
 
 class Receipt:

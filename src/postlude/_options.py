@@ -62,6 +62,9 @@ class Engine(Protocol):
     It may also have a method `headers()`, called when a task is added, that returns
     what is to travel beside its arguments: a mapping of strings, such as a trace
     context. If it is an async context manager, the application's lifespan enters it.
+    If that starts more than handing over takes, such as a worker, it has a method
+    `submitting()`, too: it returns an async context manager that starts nothing else,
+    which `enqueue_sync()` enters where there is no event loop.
 
     .. versionadded:: 0.1.0
     """
@@ -549,3 +552,12 @@ def _loop() -> asyncio.AbstractEventLoop | object:
         return asyncio.get_running_loop()
     except RuntimeError:
         return anyio.lowlevel.current_token()
+
+
+def in_event_loop() -> bool:
+    """Whether an event loop is running in this thread."""
+    try:
+        _loop()
+    except RuntimeError:
+        return False
+    return True

@@ -20,13 +20,12 @@ from time import monotonic
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 from starlette.background import BackgroundTask as StockTask
-from starlette.types import Scope
 from typing_extensions import override
 
 from . import _tasks, middleware
+from ._options import in_event_loop
 from ._supervisor import (
     NOTHING,
     Job,
@@ -96,7 +95,7 @@ class call:  # noqa: N801 - it reads as the call that it stands for
     kwargs: dict[str, Any]
 
     def __init__(
-        self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs
+        self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
         called: Any = func
         self.args, self.kwargs = args, kwargs
@@ -132,7 +131,10 @@ class CapturedTasks(list[call]):
     """
 
     tasks: list[BackgroundTask]
-    """The handles that `add_task()` has returned, one a call, `PENDING` until run."""
+    """The handles, one a call, `PENDING` until run.
+
+    Those that `add_task()` has returned, and those of what `enqueue()` has been given.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class CapturedTasks(list[call]):
             ExceptionGroup: If several tasks failed, with what each of them raised.
             RuntimeError: If no event loop is running here: call `run_sync`.
         """
-        if not _has_event_loop():
+        if not in_event_loop():
             raise RuntimeError("run() is to be awaited: in a sync test, use run_sync()")
         return self._run()
 
@@ -175,7 +177,7 @@ class CapturedTasks(list[call]):
             ExceptionGroup: If several tasks failed, with what each of them raised.
             RuntimeError: If an event loop is running here: await `run`.
         """
-        if _has_event_loop():
+        if in_event_loop():
             raise RuntimeError("run_sync() is for sync tests: await run() instead")
         loop = self._loop
         if loop is None or isinstance(loop, asyncio.AbstractEventLoop):
@@ -206,10 +208,7 @@ class CapturedTasks(list[call]):
         handles: Iterable[BackgroundTask],
         run: Callable[[], Awaitable[list[Failure]]] | None,
     ) -> None:
-        """Records tasks, and how to run them unless that is known.
-
-        All that is captured comes through here, as calls handed to engines will.
-        """
+        """Records tasks, and how to run them unless that is known."""
         # A group that has been called has ended for those who would add to it.
         _set_state(tasks, TaskState.CANCELLED)
         for task in handles:
@@ -247,11 +246,11 @@ class _CapturedJob(Job):
         self,
         capture: CapturedTasks,
         tasks: list[StockTask],
-        scope: Scope,
+        request: dict[str, str],
         settings: Settings,
         supervisor: Supervisor | None,
     ) -> None:
-        super().__init__(tasks, scope, settings, None)
+        super().__init__(tasks, request, settings, None)
         self._capture = capture
         self._called_in = copy_context()
         self._is_captured = False
@@ -307,6 +306,10 @@ def capture_tasks() -> Generator[CapturedTasks]:
     It records what would have been run: the background of a response that was sent,
     the tasks added by `add_task()` unless the response was an error. They stay
     `PENDING` until `CapturedTasks.run`. Of nested captures the innermost records.
+
+    Tasks that have an engine are checked as ever, and not handed over, so that it need
+    not be open. What `enqueue()` is given is recorded at once; it returns a receipt
+    whose engine is `captured`, and whose id is that of the handle.
 
     Tasks of Starlette's own class run, unless they are in a group of postlude's.
 
@@ -425,7 +428,7 @@ def wait_for_tasks(timeout: float | None = 10) -> Coroutine[Any, Any, None]:
 
     .. versionadded:: 0.1.0
     """
-    if not _has_event_loop():
+    if not in_event_loop():
         raise RuntimeError(
             "wait_for_tasks() is to be awaited: in a sync test, use "
             "wait_for_tasks_sync()"
@@ -448,7 +451,7 @@ def wait_for_tasks_sync(timeout: float | None = 10) -> None:
 
     .. versionadded:: 0.1.0
     """
-    if _has_event_loop():
+    if in_event_loop():
         raise RuntimeError(
             "wait_for_tasks_sync() is for sync tests: await wait_for_tasks() instead"
         )
@@ -467,7 +470,7 @@ def _wait(timeout: float | None) -> None:
             )
             raise TimeoutError(f"background tasks not ended in {timeout} s: {names}")
         ended = Event()
-        jobs[0]._waiters.append(ended.set)
+        jobs[0]._waiters += (ended.set,)
         ended.wait(min(left, _WAIT_SECONDS))
 
 
@@ -513,15 +516,6 @@ def _install() -> None:
     _tasks.keep = None if capture is None else capture._keep
     middleware.job_class = Job if capture is None else partial(_CapturedJob, capture)
     _tasks.hear = None if failures is None else failures.extend
-
-
-def _has_event_loop() -> bool:
-    """Whether an event loop is running in this thread."""
-    try:
-        anyio.lowlevel.current_token()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _event_loop() -> Any:

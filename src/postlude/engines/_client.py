@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import Context
 from functools import partial
-from inspect import isawaitable
+from inspect import CO_COROUTINE, isawaitable
 from threading import Lock
-from typing import Any
+from types import CodeType
+from typing import Any, Self
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 from starlette.background import BackgroundTask as StockTask
+from typing_extensions import override
 
+from postlude import _tasks
 from postlude._limits import _from_thread
 from postlude._options import check_timeout
 
@@ -132,7 +137,7 @@ class Client:
 
     def open(self) -> None:
         """Allows calls in the running event loop, until it is closed as often."""
-        here = self._here.get() or _Here(self._threads)
+        here = self._here.get() or _Here(self._threads, self._timeout)
         self._here.set(here)
         here.opened += 1
         with self._lock:
@@ -151,10 +156,12 @@ class Client:
     def check_open(self) -> None:
         """Refuses to be used outside the application's lifespan; from any thread.
 
+        Within `postlude.testing.capture_tasks`, by which nothing is sent, it allows it.
+
         Raises:
             RuntimeError: If it is not open in any event loop.
         """
-        if not self._opened:
+        if not self._opened and _tasks.keep is None:
             raise self._not_open()
 
     async def call(self, task: str, send: Callable[..., Any], *args: Any) -> Any:
@@ -172,14 +179,15 @@ class Client:
             RuntimeError: If it is not open in this event loop.
             BrokerUnreachable: If it raises `OSError` or what counts as that, or finds
                 no thread in time.
-            OutcomeUnknown: If it takes too long, or raises `TimeoutError`.
+            OutcomeUnknown: If it takes too long, or raises `TimeoutError`, be it the
+                client's own class of that name.
             Refused: If it raises anything else, but for an `EngineError`.
         """
         here = self._open_here()
         attempt = _Attempt(self, here, task, partial(send, *args))
-        with anyio.move_on_after(self._timeout) as scope:
+        with here.limited() as scope:
             try:
-                if StockTask(send).is_async:
+                if _is_async(send):
                     attempt.is_begun = True
                     result = await send(*args)
                 else:
@@ -187,9 +195,10 @@ class Client:
                 return await result if isawaitable(result) else result
             except EngineError:
                 raise
-            except Exception as exc:
+            # A SystemExit would end the event loop.
+            except (Exception, SystemExit) as exc:
                 # Some clients make an error of their own of the cancellation.
-                is_late = scope.cancel_called or isinstance(exc, TimeoutError)
+                is_late = scope.cancel_called or is_timeout(exc)
                 raise self._error(task, exc, is_late=is_late) from exc
         if attempt.is_begun:
             raise OutcomeUnknown(
@@ -213,7 +222,7 @@ class Client:
             "around what the application's lifespan yields to"
         )
 
-    def _error(self, task: str, cause: Exception, *, is_late: bool) -> EngineError:
+    def _error(self, task: str, cause: BaseException, *, is_late: bool) -> EngineError:
         told = f"{type(cause).__name__}: {cause}"
         if is_late:
             return OutcomeUnknown(
@@ -231,14 +240,77 @@ class _Here:
 
     Args:
         threads: How many it may have at once.
+        timeout: How long a call may take, in seconds.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, timeout: float | None) -> None:
         # How often it has been opened.
         self.opened = 0
         self.places = anyio.CapacityLimiter(threads)
-        # For AnyIO, which would give a place back while its thread goes on.
-        self.unlimited = anyio.CapacityLimiter(math.inf)
+        self._timeout = timeout
+        # On asyncio a timer costs more than a short call: one for all calls. These are
+        # in the order in which their time is up.
+        self._loop = _asyncio_loop()
+        self._deadlines: dict[anyio.CancelScope, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def limited(self) -> Generator[anyio.CancelScope]:
+        """Cancels what goes on within when it takes too long."""
+        if self._loop is None or self._timeout is None:
+            with anyio.move_on_after(self._timeout) as scope:
+                yield scope
+            return
+        with anyio.CancelScope() as scope:
+            self._deadlines[scope] = self._loop.time() + self._timeout
+            if self._timer is None:
+                self._set_timer(self._loop)
+            try:
+                yield scope
+            finally:
+                self._deadlines.pop(scope, None)
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        deadline = next(iter(self._deadlines.values()))
+        # In no context, as that of a request would be kept alive.
+        check = partial(self._check, loop)
+        self._timer = loop.call_at(deadline, check, context=Context())
+
+    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        for scope, deadline in [*self._deadlines.items()]:
+            if deadline > loop.time():
+                self._set_timer(loop)
+                break
+            del self._deadlines[scope]
+            scope.cancel()
+
+
+class _Unlimited(anyio.CapacityLimiter):
+    """For AnyIO, which would give a place back while its thread goes on.
+
+    One of its own without a limit would cost a round of the event loop.
+    """
+
+    def __new__(cls) -> Self:
+        return object.__new__(cls)
+
+    @override
+    async def __aenter__(self) -> None: ...
+
+    @override
+    async def __aexit__(self, *_: object) -> None: ...
+
+    # Trio calls these instead.
+
+    @override
+    async def acquire_on_behalf_of(self, borrower: object) -> None: ...
+
+    @override
+    def release_on_behalf_of(self, borrower: object) -> None: ...
+
+
+_unlimited = _Unlimited()
 
 
 class _Attempt:
@@ -277,20 +349,21 @@ class _Attempt:
         except Exception:
             # There is none; on Trio older versions of AnyIO raise something else.
             await places.acquire_on_behalf_of(self)
-        release = partial(places.release_on_behalf_of, self)
-        self._release_from_thread = _from_thread(release)
         try:
             [result] = await anyio.to_thread.run_sync(
-                self._work, abandon_on_cancel=True, limiter=self._here.unlimited
+                self._work, abandon_on_cancel=True, limiter=_unlimited
             )
             return result
         finally:
             with client._lock:
                 self._is_given_up = True
                 goes_on = self._is_in_thread
-                client._left_behind += goes_on
+                if goes_on:
+                    client._left_behind += 1
+                    release = partial(places.release_on_behalf_of, self)
+                    self._release_from_thread = _from_thread(release)
             if not goes_on:
-                release()
+                places.release_on_behalf_of(self)
 
     def _work(self) -> list[Any]:
         """Makes the call; returns a list, as Trio refuses what returns a coroutine."""
@@ -308,13 +381,35 @@ class _Attempt:
         finally:
             with lock:
                 self._is_in_thread = False
-                self._client._left_behind -= self._is_given_up
-            if self._is_given_up:
+                is_left_behind = self._is_given_up
+                self._client._left_behind -= is_left_behind
+            if is_left_behind:
                 self._release_from_thread()
                 # The only one left to say what has become of it.
-                how = "failed" if failure else "has come to its end"
-                message = "handing %r over to %r %s after it had been given up"
-                logger.warning(message, self._task, self._client._engine, how)
+                kind = type(failure).__name__
+                how = f"failed with {kind}" if failure else "has come to its end"
+                message = "the call of %r for %r %s after it had been given up"
+                logger.warning(message, self._client._engine, self._task, how)
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _is_async(send: Any) -> bool:
+    # The code of a function tells at once what takes Starlette long to find.
+    code = getattr(send, "__code__", None)
+    if type(code) is CodeType:
+        return code.co_flags & CO_COROUTINE != 0
+    return StockTask(send).is_async
+
+
+def is_timeout(exc: BaseException | None) -> bool:
+    """Whether it says that time has run out; Redis' does not inherit from Python's."""
+    return any(kind.__name__ == "TimeoutError" for kind in type(exc).__mro__)
 
 
 def _check(engine: Any, timeout: Any, threads: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tarfile
 import zipfile
 from pathlib import Path
@@ -27,6 +28,12 @@ nox.options.error_on_missing_interpreters = False
 # Twice as many processes as there are cores, as many tests wait for servers.
 PARALLEL = (f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal")
 
+# Only the session `engines` has what these need.
+ADAPTERS = ",".join(
+    f"*/postlude/engines/{path.name}"
+    for path in sorted(Path("src/postlude/engines").glob("[!_]*.py"))
+)
+
 # pyenv's shims refuse every version that is installed but not activated.
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 os.environ["PATH"] += "".join(
@@ -44,6 +51,17 @@ def pin(requirement: str) -> str:
     pinned = Requirement(requirement)
     pinned.specifier = SpecifierSet(str(pinned.specifier).replace(">=", "=="))
     return str(pinned)
+
+
+def has_services() -> bool:
+    """Whether the brokers are there that the engines are tested on, or have to be."""
+    ports = 5432, 5672, 6379  # PostgreSQL, RabbitMQ, Redis
+    try:
+        for port in ports:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return "POSTLUDE_REQUIRE_SERVICES" in os.environ
+    return True
 
 
 @nox.session
@@ -67,11 +85,28 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on each Python that is installed; arguments go to pytest."""
     session.install(".", *group("tests"))
+    pytest = ["pytest", "--ignore=tests/engines", *PARALLEL, *session.posargs]
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *PARALLEL, *session.posargs)
+    session.run("coverage", "run", "-m", *pytest)
     session.run("coverage", "combine", "--quiet")
     # A part of the tests covers a part of the code.
-    session.run("coverage", "report", *["--fail-under=0"] * bool(session.posargs))
+    part = ["--fail-under=0"] * bool(session.posargs)
+    session.run("coverage", "report", f"--omit={ADAPTERS}", *part)
+    if not session.posargs and has_services():
+        session.notify("engines")
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Run the tests of each engine, with its brokers and its worker."""
+    session.install(".", *group("engines"))
+    # One process for each core, and for each engine on a broker.
+    pytest = ["pytest", "tests/engines", "--numprocesses=2", "--dist=loadgroup"]
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", *pytest, *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    part = ["--fail-under=0"] * bool(session.posargs)
+    session.run("coverage", "report", f"--include={ADAPTERS}", *part)
 
 
 @nox.session
@@ -81,6 +116,7 @@ def lowest(session: nox.Session) -> None:
     session.install(".", *map(pin, requirements))
     # Old dependencies may use what a new Python deprecates.
     command = ["python", "-m", "pytest", "-W", "default", *PARALLEL]
+    command += ["--ignore=tests/engines"]
     session.run(*command, *session.posargs)
 
 
@@ -146,7 +182,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure what a task costs; arguments go to the benchmarks."""
-    session.install(".", *group("tests"))
+    session.install(".", *group("engines"))
     session.run("python", "tests/benchmarks", *session.posargs)
 
 

@@ -1,0 +1,1 @@
+"""Each engine, on its real broker, with its real worker."""

@@ -1,0 +1,306 @@
+"""What is particular to Huey."""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import anyio.lowlevel
+import pytest
+from huey import Huey, MemoryHuey, RedisHuey, SqliteHuey
+from huey.api import TaskWrapper
+
+from postlude import BackgroundTask, task
+from postlude.engines import (
+    BrokerUnreachable,
+    NotSerialisable,
+    Refused,
+    enqueue,
+    enqueue_sync,
+)
+from postlude.engines.huey import HueyEngine
+
+request_id: ContextVar[str] = ContextVar("request_id", default="none")
+
+
+@pytest.fixture
+def huey() -> Any:
+    return MemoryHuey()
+
+
+def declared(engine: Any, func: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of that engine, as if a module defined it."""
+    func.__qualname__ = func.__name__
+    return task(engine=engine)(func)
+
+
+def returning(engine: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return [args, kwargs]
+
+    return declared(engine, call)
+
+
+def consume(huey: Any) -> Any:
+    """Does what a consumer does with the next task; returns its result."""
+    waiting = huey.dequeue()
+    huey.execute(waiting)
+    return huey.result(waiting.id)
+
+
+# --- declared ------------------------------------------------------------------------
+
+
+def test_a_function_stays_what_it_is(huey: Any) -> None:
+    engine = HueyEngine(huey)
+
+    def resize(photo: int) -> int:
+        return 2 * photo
+
+    before = {**vars(resize)}
+    assert declared(engine, resize) is resize
+    assert (resize.__name__, resize.__qualname__) == ("resize", "resize")
+    assert vars(resize).keys() - before.keys() == {"__postlude_options__"}
+    assert resize(21) == 42
+    assert isinstance(engine.native(resize), TaskWrapper)
+    assert engine.functions == {f"{__name__}.resize": resize}
+
+
+@pytest.mark.anyio
+async def test_options_are_those_of_huey(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    func = returning(engine.options(retries=3, retry_delay=5, priority=7, expires=60))
+    async with engine:
+        await enqueue(func)
+    [waiting] = huey.pending()
+    assert (waiting.retries, waiting.retry_delay, waiting.priority) == (3, 5, 7)
+    assert waiting.expires_resolved is not None
+    assert engine._native == {}
+
+
+@pytest.mark.parametrize("option", ["context", "name"])
+def test_options_that_would_break_the_function_are_refused(
+    huey: Any, option: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{option}= is not for postlude: the "):
+        HueyEngine(huey).options(**{option: True})
+
+
+@pytest.mark.parametrize("huey", [None, "tasks.db", Huey])
+def test_what_is_no_huey_is_refused(huey: Any) -> None:
+    with pytest.raises(TypeError, match=r"huey must be a huey\.Huey, not "):
+        HueyEngine(huey)
+
+
+def test_only_what_is_declared_has_a_native_task(huey: Any) -> None:
+    with pytest.raises(
+        LookupError, match=r"is not declared with task\(engine=\.\.\.\)"
+    ):
+        HueyEngine(huey).native(print)
+
+
+@pytest.mark.anyio
+async def test_of_two_functions_of_a_name_the_newest_runs(huey: Any) -> None:
+    def returning(value: int) -> Callable[..., Any]:
+        def twice() -> int:
+            return value
+
+        # A module that is imported again makes its engine again.
+        return declared(HueyEngine(huey), twice)
+
+    returning(1)
+    newest = returning(2)
+    async with HueyEngine(huey) as engine:
+        engine.register(newest, f"{__name__}.twice")
+        message = engine.prepare(f"{__name__}.twice", (), {}, {})
+        await engine.submit(message)
+    assert consume(huey) == 2
+
+
+def test_a_task_of_the_application_is_not_replaced(huey: Any) -> None:
+    def mine() -> None: ...
+
+    huey.task()(mine)
+    with pytest.raises(ValueError, match="with the same identifier as existing task"):
+        declared(HueyEngine(huey), mine)
+
+
+# --- sent ----------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_keywords_may_have_any_name(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    names = (
+        "self cls args kwargs id task task_id name context timeout priority delay eta "
+        "expires retries retry_delay on_complete on_error queue headers data func"
+    )
+    kwargs = dict.fromkeys(names.split(), 7)
+    func = returning(engine)
+    async with engine:
+        await enqueue(func, 1, **kwargs)
+    assert consume(huey) == [(1,), kwargs]
+
+
+@pytest.mark.anyio
+async def test_what_huey_cannot_write_is_refused_when_it_is_added(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    func = returning(engine)
+    async with engine:
+        with pytest.raises(NotSerialisable, match="huey cannot be sent a call of "):
+            BackgroundTask(func, threading.Lock())
+        with pytest.raises(NotSerialisable):
+            await enqueue(func, photo=lambda: None)
+    assert len(huey) == 0
+
+
+@pytest.mark.anyio
+async def test_each_time_that_it_is_sent_it_is_a_task_of_its_own(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    func = returning(engine)
+    ids: list[str] = []
+    async with engine:
+        photos = [1]
+        task = BackgroundTask(func, photos)
+        photos.append(2)
+        for _ in range(2):
+            await task()
+            assert task.receipt is not None
+            assert task.receipt.engine == "huey"
+            ids.append(task.receipt.id)
+    assert [waiting.id for waiting in huey.pending()] == ids
+    assert len({*ids}) == 2
+    assert [consume(huey) for _ in ids] == [[([1],), {}]] * 2
+
+
+@pytest.mark.anyio
+async def test_the_signals_of_huey_are_sent_and_immediate_mode_runs_at_once() -> None:
+    huey: Any = MemoryHuey(immediate=True)
+    seen: list[str] = []
+
+    def note(signal: str, task: Any) -> None:
+        seen.append(signal)
+
+    huey.signal()(note)
+    engine = HueyEngine(huey)
+    func = returning(engine)
+    async with engine:
+        receipt = await enqueue(func, 42)
+    assert huey.result(receipt.id) == [(42,), {}]
+    assert seen == ["enqueued", "executing", "complete"]
+
+
+def test_a_script_and_several_lifespans_may_use_it(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    func = returning(engine)
+    for number in range(2):
+        enqueue_sync(func, number)
+    with pytest.raises(RuntimeError, match="'huey' is not open"):
+        BackgroundTask(func)
+    assert [consume(huey) for _ in range(2)] == [[(0,), {}], [(1,), {}]]
+
+
+# --- run -----------------------------------------------------------------------------
+
+
+def test_async_functions_run_in_one_event_loop(huey: Any) -> None:
+    loops: list[object] = []
+    engine = HueyEngine(huey)
+
+    async def waiting(photo: int) -> int:
+        await anyio.lowlevel.checkpoint()
+        loops.append(anyio.lowlevel.current_token())
+        return 2 * photo
+
+    declared(engine, waiting)
+    for _ in range(2):
+        enqueue_sync(waiting, 21)
+        assert consume(huey) == 42
+    assert loops[0] == loops[1]
+
+
+def headers() -> Mapping[str, str]:
+    return {"request-id": request_id.get()}
+
+
+@contextmanager
+def restoring(headers: Mapping[str, str]) -> Generator[None]:
+    token = request_id.set(headers["request-id"])
+    try:
+        yield
+    finally:
+        request_id.reset(token)
+
+
+def test_headers_are_restored_around_the_function(huey: Any) -> None:
+    engine = HueyEngine(huey, headers=headers, restore=restoring)
+    tried: list[str] = []
+
+    async def waiting(*args: object, **kwargs: object) -> Any:
+        return [request_id.get(), args, kwargs]
+
+    def working(**kwargs: object) -> None:
+        tried.append(request_id.get())
+        raise LookupError
+
+    declared(engine, waiting)
+    declared(engine.options(retries=1), working)
+    token = request_id.set("7")
+    enqueue_sync(waiting, 42, size=1)
+    enqueue_sync(working)
+    request_id.reset(token)
+    assert consume(huey) == ["7", (42,), {"size": 1}]
+    # Tried again, it still has them.
+    for _ in range(2):
+        huey.execute(huey.dequeue())
+    assert tried == ["7", "7"]
+    # What Huey's own tools send has none.
+    engine.native(waiting).schedule((42,), delay=-1)
+    assert consume(huey) == ["none", (42,), {}]
+
+
+# --- brokers -------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_database_that_cannot_be_opened_is_out_of_reach(tmp_path: Path) -> None:
+    huey = SqliteHuey(filename=str(tmp_path / "tasks.db"), timeout=0.01)
+    engine = HueyEngine(huey)
+    func = returning(engine)
+    blocker = sqlite3.connect(tmp_path / "tasks.db")
+    blocker.execute("begin exclusive")
+    async with engine:
+        with pytest.raises(
+            BrokerUnreachable, match=r"huey is out of reach for .* locked"
+        ):
+            await enqueue(func)
+        blocker.close()
+        await enqueue(func)
+    assert len(huey) == 1
+    huey.storage.close()
+
+
+@pytest.mark.anyio
+async def test_a_redis_that_refuses_is_out_of_reach() -> None:
+    engine = HueyEngine(RedisHuey(url="redis://127.0.0.1:1"))
+    func = returning(engine)
+    async with engine:
+        with pytest.raises(BrokerUnreachable, match="huey is out of reach for "):
+            await enqueue(func)
+
+
+@pytest.mark.anyio
+async def test_whatever_else_goes_wrong_is_a_refusal(huey: Any) -> None:
+    engine = HueyEngine(huey)
+    func = returning(engine)
+
+    def broken(*_: object) -> None:
+        raise LookupError("no")
+
+    huey.storage.enqueue = broken
+    async with engine:
+        with pytest.raises(Refused, match=r"huey did not take .*: LookupError: no"):
+            await enqueue(func)

@@ -40,6 +40,22 @@ def test_a_quick_benchmark_prints_a_row_for_each_measure() -> None:
     assert "loads none of FastAPI, Pydantic and OpenTelemetry" in table
 
 
+def test_each_engine_is_measured_or_said_to_be_missing() -> None:
+    table = subprocess.run(
+        [sys.executable, BENCHMARKS, "--quick", "engines"],
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONUTF8": "1"},
+    ).stdout
+
+    assert "| `from_callable`, which does nothing | " in table
+    for name in "Celery", "DBOS", "Dramatiq", "Huey", "RQ", "Taskiq":
+        measured = [line for line in table.splitlines() if f"| {name} on " in line]
+        _, _, missing = table.partition("Not there, and not measured: ")
+        assert measured or name in missing
+
+
 def test_the_load_is_measured_for_each_row_of_requests() -> None:
     printed = subprocess.run(
         [sys.executable, BENCHMARKS / "load.py", "asyncio", "1", "0.01"],

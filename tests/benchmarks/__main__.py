@@ -20,7 +20,7 @@ CHART = PAGE.with_suffix(".svg")
 TIMES = "\N{MULTIPLICATION SIGN}"
 TABLE = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- /measured -->)", re.DOTALL)
 
-PARTS = ["tasks", "footprint", "requests"]
+PARTS = ["tasks", "footprint", "requests", "engines"]
 LOOPS = ["asyncio", "uvloop"] if find_spec("uvloop") else ["asyncio"]
 PACKAGES = [
     "postlude",
@@ -30,6 +30,12 @@ PACKAGES = [
     "uvicorn",
     "httptools",
     "uvloop",
+    "celery",
+    "dbos",
+    "dramatiq",
+    "huey",
+    "rq",
+    "taskiq",
 ]
 
 Results: TypeAlias = dict[str, dict[str, float]]
@@ -81,6 +87,8 @@ FOOTPRINT = {
     "bytes sync": ("A waiting task, sync function", "bytes", 100),
     "import": ("`import postlude` over `import starlette.background`", "ms", 15),
 }
+# How many more microseconds than the engine's own call a hand-over may take.
+HAND_OVER = 30
 
 
 def run(script: str, *args: object, standard_input: str | None = None) -> str:
@@ -139,6 +147,25 @@ def footprint_table(results: Results, heavy: list[str]) -> Iterator[str]:
     loaded = " and ".join(heavy) or "none of FastAPI, Pydantic and OpenTelemetry"
     yield ""
     yield f"`import postlude` loads {loaded}."
+
+
+def hand_over_table(results: Results, missing: list[str]) -> Iterator[str]:
+    yield (
+        "| Handing over | own client on a thread, µs | postlude, µs | more, µs | "
+        "at most |"
+    )
+    yield "|---|--:|--:|--:|--:|"
+    for name, result in results.items():
+        stock, postlude, more = (
+            result[key] for key in ("stock", "postlude", "difference")
+        )
+        yield (
+            f"| {name} | {stock:,.0f} | {postlude:,.0f} | "
+            f"{more:+.0f}{' ✗' if more > HAND_OVER else ''} | {HAND_OVER:+} |"
+        )
+    if missing:
+        yield ""
+        yield f"Not there, and not measured: {', '.join(missing)}."
 
 
 def machine() -> str:
@@ -208,6 +235,10 @@ def main() -> None:
     if "footprint" in parts:
         footprint = json.loads(run("footprint.py", 1 if quick else 20))
         lines += ["", *footprint_table(footprint["results"], footprint["heavy"])]
+    if "engines" in parts:
+        rounds = (3, 0.001) if quick else (100, 0.02)
+        hand_overs = json.loads(run("hand_overs.py", *rounds))
+        lines += ["", *hand_over_table(hand_overs["results"], hand_overs["missing"])]
     table = "\n".join([*lines, "", machine(), ""])
     print(table)
     if options.write:

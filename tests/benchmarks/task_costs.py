@@ -126,7 +126,9 @@ def observed(count: int) -> Callable[[Kind], Awaitable[float]]:
             group = kind()
             for _ in range(count):
                 group.add_task(do_nothing_sync)
-            scopes.append({"type": "http", "group": group})
+            scopes.append(
+                {"type": "http", "method": "GET", "path": "/", "group": group}
+            )
         async with alive(app):
             serve = app if kind is postlude.BackgroundTasks else respond
             for scope in scopes:

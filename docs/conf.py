@@ -31,10 +31,15 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(anyio|collections|contextlib|datetime|fastapi|starlette|types|typing)\..*",
     ),
-    ("py:.*", r"(opentelemetry|prometheus_client)\..*"),
+    (
+        "py:.*",
+        r"(celery|dramatiq|huey|opentelemetry|prometheus_client|rq|taskiq)\..*",
+    ),
     ("py:.*", "|".join(dir(builtins))),
     ("py:class", r"postlude\.fastapi\._inject"),
     # What annotations are short for.
-    ("py:class", r"ASGIApp|Observer|URL|ContentStream|os\..*"),
+    ("py:class", r"ASGIApp|AsyncBroker|DBOSConfig|Headers|Huey|Observer|Restore"),
+    ("py:class", r"URL|ContentStream"),
+    ("py:class", r"os\..*|postlude\.engines\.\w+\._\w+"),
     ("py:class", r"(~|postlude\._\w+\.)?[PRT](\.args|\.kwargs)?"),  # type variables
 ]

@@ -13,6 +13,11 @@ from sybil.parsers import myst, rest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 MODULES = sorted(ROOT.glob("src/postlude/**/*.py"))
+# What needs the libraries of the engines is run where the tests of these are.
+ENGINES = [
+    ROOT / "docs/engines.md",
+    *sorted(ROOT.glob("src/postlude/engines/[!_]*.py")),
+]
 
 SYBIL = Sybil(
     [myst.PythonCodeBlockParser(), myst.SkipParser(), rest.PythonCodeBlockParser()],
@@ -34,15 +39,25 @@ def as_if_nothing_had_been_run() -> Generator[None]:
         registry.unregister(collector)
 
 
-@pytest.mark.parametrize(
-    "path", [*PAGES, *MODULES], ids=lambda path: str(path.relative_to(ROOT))
-)
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "path", paths, ids=lambda path: str(path.relative_to(ROOT))
+    )
+
+
+def run(path: Path, **namespace: object) -> None:
+    document = SYBIL.parse(path)
+    document.namespace.update(namespace)
+    for example in document.examples():
+        example.evaluate()
+
+
+@each([path for path in [*PAGES, *MODULES] if path not in ENGINES])
 def test_the_python_blocks_of_a_file_run_in_order(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for example in SYBIL.parse(path).examples():
-        example.evaluate()
+    run(path)
 
 
 @pytest.mark.parametrize(

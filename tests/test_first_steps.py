@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -263,7 +263,7 @@ async def test_each_step_is_taken_in_the_context_of_the_job(turns: int) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)
     variable.set("job")
-    assert not ahead.ends(work(), copy_context())
+    assert not ahead.ends(work())
     variable.set("later")
     await ahead.task
     assert seen == ["job", "job"]
@@ -271,7 +271,7 @@ async def test_each_step_is_taken_in_the_context_of_the_job(turns: int) -> None:
 
 def begin(steps: Any) -> asyncio.Task[None]:
     ahead = _Ahead(asyncio.get_running_loop())
-    assert not ahead.ends(steps, copy_context())
+    assert not ahead.ends(steps)
     return ahead.task
 
 
@@ -311,7 +311,7 @@ async def test_ctrl_c_in_the_first_step_ends_its_task() -> None:
 
     ahead = _Ahead(asyncio.get_running_loop())
     with pytest.raises(KeyboardInterrupt):
-        ahead.ends(work(), copy_context())
+        ahead.ends(work())
     with pytest.raises(asyncio.CancelledError):
         await ahead.task
 
@@ -327,7 +327,7 @@ async def test_what_has_begun_can_be_closed_but_not_awaited() -> None:
 
     ahead = _Ahead(asyncio.get_running_loop())
     ahead.close()
-    ahead.ends(work(), copy_context())
+    ahead.ends(work())
     with pytest.raises(TypeError, match="only a task"):
         await ahead
     ahead.close()

@@ -59,6 +59,8 @@ def _clean(caplog: pytest.LogCaptureFixture) -> Generator[None]:
 @pytest.fixture(params=["lifespan", "no lifespan", "lifespan on trio"])
 def client(request: pytest.FixtureRequest, app: str) -> TestClient:
     """Asks an app, with a lifespan if it is entered."""
+    # What an earlier test has dropped is told when it is collected.
+    gc.collect()
     kind: str = request.param
     client = TestClient(
         APPS[app],

@@ -263,7 +263,7 @@ async def test_each_step_is_taken_in_the_context_of_the_job(turns: int) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)
     variable.set("job")
-    assert not ahead.ends(work())
+    assert not ahead.ends(work)
     variable.set("later")
     await ahead.task
     assert seen == ["job", "job"]
@@ -286,7 +286,7 @@ async def test_a_cancellation_before_the_second_step_cancels_what_is_awaited() -
             await asyncio.sleep(0)
             log.append("cleaned")
 
-    task = begin(work())
+    task = begin(work)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -299,7 +299,7 @@ async def test_a_cancellation_before_the_second_step_is_raised_if_nothing_is() -
         await asyncio.sleep(0)
         raise AssertionError("went on")
 
-    task = begin(work())
+    task = begin(work)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -311,7 +311,7 @@ async def test_ctrl_c_in_the_first_step_ends_its_task() -> None:
 
     ahead = _Ahead(asyncio.get_running_loop())
     with pytest.raises(KeyboardInterrupt):
-        ahead.ends(work())
+        ahead.ends(work)
     with pytest.raises(asyncio.CancelledError):
         await ahead.task
 
@@ -327,7 +327,7 @@ async def test_what_has_begun_can_be_closed_but_not_awaited() -> None:
 
     ahead = _Ahead(asyncio.get_running_loop())
     ahead.close()
-    ahead.ends(work())
+    ahead.ends(work)
     with pytest.raises(TypeError, match="only a task"):
         await ahead
     ahead.close()

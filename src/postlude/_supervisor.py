@@ -65,6 +65,9 @@ from ._tasks import (
     home,
 )
 
+# An async task that has taken its first step: what it runs in, and what it waits for.
+_Begun: TypeAlias = tuple[BackgroundTask, Context, Coroutine[Any, Any, Any], Any]
+
 Observer: TypeAlias = Callable[[BackgroundTask], AbstractContextManager[object]]
 
 logger = logging.getLogger("postlude")
@@ -167,8 +170,7 @@ class Job:
         else:
             strand = _Strand(tasks)
         self._strands = [strand]
-        self._stopping = False
-        self._is_lost = False
+        self._stopping = self._is_lost = False
         self._waiters: tuple[Callable[[], None], ...] = ()
         self._handles: dict[int, BackgroundTask] = {}
         self._accepted: dict[int, object] = {}
@@ -436,8 +438,39 @@ class Job:
             self._handles[id(task)] = _handle(task)
         return self._handles[id(task)]
 
+    def begin(self) -> Coroutine[Any, Any, None] | None:
+        """Takes the first step of the job; returns how to go on, unless that was all.
+
+        For one that `begins_here()`. A short async function, which most jobs are, costs
+        least so.
+        """
+        strand = self._strands[-1]
+        tasks: list[Any] = strand.tasks
+        if not tasks or self._stopping or not _is_plain(tasks[0]):
+            return self.run()
+        if (group := strand.group) is not None:
+            group._state = _RUNNING
+        native: Any = self.native
+        try:
+            begun = self._begin(strand, tasks[0], is_plain=True)
+        except BaseException as exc:
+            if group is not None:
+                self._go_back(strand, is_cut_short=True)
+            self.end(broken_off=True)
+            if _is_cancelled_error(exc):
+                return None
+            raise
+        if begun or len(tasks) > 1 or native.cancelling():
+            return self.run(begun=begun)
+        if group is not None:
+            self._go_back(strand)
+        if self._next() is not None:
+            return self.run()
+        self.end()
+        return None
+
     async def run(  # noqa: PLR0912, PLR0915 - in one piece, as short tasks cost less so
-        self, first: _Strand | None = None
+        self, alone: _Strand | None = None, *, begun: _Begun | None = None
     ) -> None:
         """Runs the tasks, one after the other.
 
@@ -446,15 +479,30 @@ class Job:
         ends everything leaves, and on Trio the cancellation, as it must.
 
         Args:
-            first: The strand of one of several tasks that run at once, to run that
-                alone.
+            alone: The strand of one of several tasks that run at once, to run nothing
+                but that.
+            begun: What has taken its first step.
         """
-        first = strand = first or self._strands[-1]
-        is_bare = not self._observers
-        if (group := first.group) is not None:
+        first: Any = alone or self._strands[-1]
+        strand: Any = first
+        native = strand.native or self.native
+        if (group := strand.group) is not None:
             group._state = _RUNNING
         try:
             while True:
+                if begun is not None:
+                    task, context, call, yielded = begun
+                    try:
+                        await _in_context(context, call, yielded)
+                    except BaseException as exc:
+                        if not context.run(self.fails, task, exc, strand.failures):
+                            raise
+                    else:
+                        task._state = _SUCCEEDED
+                    task._finished = time()
+                    strand.task = strand.call = begun = None
+                if native is not None and native.cancelling():
+                    await self._forgive(native)
                 tasks, position = strand.tasks, strand.position
                 if position >= len(tasks) or self._stopping:
                     outer = strand.outer
@@ -468,65 +516,24 @@ class Job:
                         if outer is None:
                             break
                         first, group = outer, None
-                    strand = cast("_Strand", outer)
+                    strand = outer
                     continue
-                task: Any = tasks[position]
+                task = tasks[position]
                 # To tell that one is none of the special takes as long as it does.
-                is_plain = (
-                    type(task) is BackgroundTask
-                    and type(task.func) is FunctionType
-                    and task._options is None
-                )
+                is_plain = _is_plain(task)
                 if not is_plain and (inner := self._enter(strand, task)) is not None:
                     strand.position = position + 1
                     strand = inner
                     if strand.group is not None and strand.group._concurrency > 1:
                         await self._run_concurrently(strand, strand.group)
-                    continue
-                if not task.is_async and (is_plain or _shares_thread(task)):
+                elif not task.is_async and (is_plain or _shares_thread(task)):
                     await self._make_trip(strand, task)
-                    continue
-                strand.position = position + 1
-                strand.task = task
-                context = task._context
-                context = copy_context() if context is None else context.copy()
-                task._state = _RUNNING
-                task._started = time()
-                try:
-                    if (
-                        is_plain
-                        and is_bare
-                        and task.func.__code__.co_flags & _COROUTINE
-                    ):
-                        # To call it is not to take a step yet.
-                        context.run(home.set, self)
-                        call = task.func(*task.args, **task.kwargs)
-                    else:
-                        call = self._call(strand, task)
-                    try:
-                        # Most short functions have ended by then.
-                        yielded = context.run(call.send, None)
-                    except StopIteration:
-                        pass
-                    except GeneratorExit as exc:
-                        raise _no_exit() from exc
-                    else:
-                        await _in_context(context, call, yielded)
-                except BaseException as exc:
-                    # Log records carry what is in the context, such as a request id.
-                    if not context.run(self.fails, task, exc, strand.failures):
-                        raise
                 else:
-                    task._state = _SUCCEEDED
-                task._finished = time()
-                strand.task = strand.call = None
-                native = strand.native or self.native
-                if native is not None and native.cancelling():
-                    await self._forgive(native)
+                    begun = self._begin(strand, task, is_plain=is_plain)
         except BaseException as exc:
             while strand is not first:
                 self._go_back(strand, is_cut_short=True)
-                strand = cast("_Strand", strand.outer)
+                strand = strand.outer
             if group is not None:
                 self._go_back(first, is_cut_short=True)
             if self._supervisor is None or first.outer is not None:
@@ -537,6 +544,40 @@ class Job:
         else:
             if self._supervisor is not None and first.outer is None:
                 self.end()
+
+    def _begin(
+        self, strand: _Strand, task: BackgroundTask, *, is_plain: bool
+    ) -> _Begun | None:
+        """Takes the first step of an async task; returns it, unless it was the last."""
+        strand.position += 1
+        strand.task = task
+        context = task._context
+        context = copy_context() if context is None else context.copy()
+        task._state = _RUNNING
+        task._started = time()
+        try:
+            func: Any = task.func
+            if is_plain and func.__code__.co_flags & _COROUTINE and not self._observers:
+                # To call it is not to take a step yet.
+                context.run(home.set, self)
+                call = func(*task.args, **task.kwargs)
+            else:
+                call = self._call(strand, task)
+            try:
+                # Most short functions have ended by then; to send() would raise, then.
+                yielded = context.run(next, call.__await__(), NOTHING)
+            except GeneratorExit as exc:
+                raise _no_exit() from exc
+            if yielded is not NOTHING:
+                return task, context, call, yielded
+            task._state = _SUCCEEDED
+        except BaseException as exc:
+            # Log records carry what is in the context, such as a request id.
+            if not context.run(self.fails, task, exc, strand.failures):
+                raise
+        task._finished = time()
+        strand.task = strand.call = None
+        return None
 
     def _enter(self, outer: _Strand, task: StockTask) -> _Strand | None:
         """Returns a strand for what a task stands for, unless that is itself."""
@@ -565,10 +606,13 @@ class Job:
         """Ends a strand."""
         group, failures = strand.group, strand.failures
         state = _FAILED if failures else _SUCCEEDED
-        if is_cut_short or (self._stopping and not self._is_finished(strand)):
-            state = _CANCELLED if self._supervisor is None else _LOST
-        # What has been stopped stays, to tell what is left of it.
-        if not (is_cut_short or (self._stopping and any(self._left_of(strand)))):
+        is_left = False
+        if is_cut_short or self._stopping:
+            # What has been stopped stays, to tell what is left of it.
+            is_left = is_cut_short or any(self._left_of(strand))
+            if is_cut_short or not self._is_finished(strand):
+                state = _CANCELLED if self._supervisor is None else _LOST
+        if not is_left:
             self._strands.remove(strand)
         if group is not None:
             group._state = state
@@ -596,17 +640,16 @@ class Job:
             raise
         strand.position = trip.position
         strand.trip = None
-        native = strand.native or self.native
-        if native is not None and native.cancelling():
-            await self._forgive(native)
 
     def _next(self) -> _Strand | None:
-        """Returns what the job goes on with, or ends it."""
+        """Returns what the job goes on with, or lets no more be added to it."""
+        strands = self._strands
         with lock:
             # Another thread may have added a task meanwhile.
-            strand = self._strands[0] if self._strands else None
-            self.is_open = strand is not None and strand.position < len(strand.tasks)
-            return strand if self.is_open else None
+            if strands and strands[0].position < len(strands[0].tasks):
+                return strands[0]
+            self.is_open = False
+        return None
 
     async def _forgive(self, native: asyncio.Task[Any]) -> None:
         """Keeps the cancellation of a task by itself from those after it."""
@@ -708,14 +751,22 @@ class _Ahead(Coroutine[Any, Any, None]):
         self._begun: asyncio.Future[None] | None = None
         self.task = loop.create_task(self, context=Context())
 
-    def ends(self, job: Coroutine[Any, Any, None]) -> bool:
-        """Takes the first step of a job; returns whether that is all."""
+    def ends(self, begin: Callable[[], Coroutine[Any, Any, None] | None]) -> bool:
+        """Begins a job, and goes on to its first step; returns whether that is all.
+
+        Args:
+            begin: Begins the job, and returns what is to go on, unless it has ended.
+        """
         loop, task = self._loop, self.task
-        outer = cast("asyncio.Task[Any]", asyncio.current_task(loop))
-        _leave_task(loop, outer)
+        outer = asyncio.current_task(loop)
+        if outer is not None:
+            _leave_task(loop, outer)
         _enter_task(loop, task)
         try:
-            yielded = job.send(None)
+            rest = begin()
+            if rest is None:
+                return True
+            yielded = rest.send(None)
         except StopIteration:
             return True
         except BaseException:
@@ -723,8 +774,9 @@ class _Ahead(Coroutine[Any, Any, None]):
             raise
         finally:
             _leave_task(loop, task)
-            _enter_task(loop, outer)
-        self._job, self._context = job, copy_context()
+            if outer is not None:
+                _enter_task(loop, outer)
+        self._job, self._context = rest, copy_context()
         # A future is marked from being awaited until its task hears of it.
         self._yielded.append(_mark(yielded, is_awaited=False))
         if self._begun is not None:
@@ -963,27 +1015,32 @@ class Supervisor:
 
     def _start(self, job: Job, *, at_once: bool = False) -> None:
         self._running.add(job)
-        if self._loop is not None:
-            # A task of asyncio's has half the costs of one in a task group of anyio's.
-            # A factory may begin by itself, or wrap what it is given.
-            if at_once and job.begins_here() and self._loop.get_task_factory() is None:
-                ahead, self._ahead = self._ahead, None
-                if ahead is None or ahead.task.cancelling():
-                    ahead = _Ahead(self._loop)
-                job.native = ahead.task
-                if ahead.ends(job.run()):
-                    # A task may have called the application, and so need another one.
-                    if self._ahead is not None:
-                        self._ahead.task.cancel()
-                    self._ahead = ahead
-            else:
-                job.native = self._loop.create_task(job.run(), context=job.context)
-        else:
+        loop = self._loop
+        if loop is None:
             context = job.context or copy_context()
             children = cast("anyio.abc.TaskGroup", self._children)
             context.run(children.start_soon, self._run_in_scope, job)
+        # A factory may begin by itself, or wrap what it is given.
+        elif not job.begins_here() or loop.get_task_factory() is not None:
+            # A task of asyncio's has half the costs of one in a task group of anyio's.
+            job.native = loop.create_task(job.run(), context=job.context)
+        elif at_once:
+            self._begin(job)
+        else:
+            loop.call_soon(self._begin, job, context=job.context)
         # It holds the request, which holds the job.
         job.context = None
+
+    def _begin(self, job: Job) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.task.cancelling():
+            ahead = _Ahead(cast("asyncio.AbstractEventLoop", self._loop))
+        job.native = ahead.task
+        if ahead.ends(job.begin):
+            # A task may have called the application, and so need another one.
+            if self._ahead is not None:
+                self._ahead.task.cancel()
+            self._ahead = ahead
 
     def _lose_now(self) -> None:
         self._tell_lost()
@@ -1038,6 +1095,10 @@ class Supervisor:
                     await self._idle.wait()
                 continue
             natives = {job.native: job for job in self._running if job.native}
+            if not natives:
+                # They are about to take their first step.
+                await asyncio.sleep(0)
+                continue
             done, _ = await asyncio.wait(natives, timeout=left)
             for native in done:
                 # One that is cancelled before its first step tells nothing by itself.
@@ -1169,6 +1230,15 @@ def _plain_group(task: object) -> BackgroundTasks | StockTasks | None:
     """Returns the group that a task is or runs, if that runs its tasks as a list."""
     group = _group(task)
     return None if group is None or _overrides_call(group) else group
+
+
+def _is_plain(task: Any) -> bool:
+    """Whether a task is a plain function, of which nothing special is wanted."""
+    return (
+        type(task) is BackgroundTask
+        and type(task.func) is FunctionType
+        and task._options is None
+    )
 
 
 def _shares_thread(task: BackgroundTask) -> bool:

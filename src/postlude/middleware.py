@@ -302,7 +302,6 @@ class BackgroundTasksMiddleware:
                 await job.complete()
         finally:
             scope.pop(_KEY, None)
-            request.let_go()
             try:  # noqa: SIM105 - suppress() takes longer than what it guards
                 home.reset(token)
             except ValueError:
@@ -485,12 +484,11 @@ class _Request:
         self, middleware: BackgroundTasksMiddleware, scope: Scope, send: Send
     ) -> None:
         self.middleware = middleware
-        self.is_open = True
         self._scope = scope
         self._send = send
+        self.is_open = True
         self._status = 0
-        self._sent = False
-        self._accepted = False
+        self._sent = self._accepted = False
         # A group among them is to be called as well, by a framework that may drop it.
         self._added: tuple[StockTask, ...] = ()
         self._called: tuple[StockTask, ...] = ()
@@ -566,21 +564,18 @@ class _Request:
     def close(self) -> Job | None:
         """Ends the request; returns the job if there are tasks that are left."""
         self.is_open = False
-        if not self._added and not self._handed_over:
-            return None
-        tasks = [*self._handed_over, *self._chosen()]
-        # The contexts of the tasks hold the request, which is not to hold them.
-        self._handed_over = ()
-        return self._give(tasks) if tasks else None
-
-    def let_go(self) -> None:
-        """Keeps alive no more than it must, as contexts that live on hold the request.
-
-        The timers of a server's connections have some of these.
-        """
+        job = None
+        if self._added or self._handed_over:
+            tasks = [*self._handed_over, *self._chosen()]
+            # The contexts of the tasks hold the request, which is not to hold them.
+            self._handed_over = ()
+            job = self._give(tasks) if tasks else None
+        # Contexts that live on hold it as well, such as those of a server's timers, and
+        # the connection is not to be kept alive by that.
         self._scope, self._send = _NO_SCOPE, _refuse
         if self._job is not None and not self._job.is_open:
             self._job = None
+        return job
 
     def _sort(self, tasks: list[StockTask]) -> None:
         """Takes the groups out of what is called whose turn comes after the rest.
@@ -632,13 +627,14 @@ class _Request:
     def _give(self, tasks: list[StockTask]) -> Job:
         """Adds tasks to the request's job, or makes that of them."""
         job = self._job
-        if job is None or not job.extend(tasks):
-            supervisor = self.middleware._supervisor()
-            about = describe(self._scope)
-            job = job_class(tasks, about, self.middleware._settings, supervisor)
-            self._job = job
-            if supervisor is not None and job._supervisor is not None:
-                supervisor.accept(job, at_once=not self.middleware._detach)
+        if job is not None and job.extend(tasks):
+            return job
+        middleware = self.middleware
+        supervisor = middleware._supervisor()
+        about = describe(self._scope)
+        self._job = job = job_class(tasks, about, middleware._settings, supervisor)
+        if supervisor is not None and job._supervisor is not None:
+            supervisor.accept(job, at_once=not middleware._detach)
         return job
 
 

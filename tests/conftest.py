@@ -1,22 +1,15 @@
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pytest
+from loops import BACKENDS, Backend
 from places import Place
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
-        pytest.param(("asyncio", {"debug": True, "use_uvloop": True}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
     """Runs each async test on asyncio, uvloop and Trio."""
-    backend: tuple[str, dict[str, Any]] = request.param
-    return backend
+    return BACKENDS[request.param]
 
 
 @pytest.fixture(params=[None, False, True], ids=["alone", "attached", "detached"])

@@ -1,25 +1,44 @@
-"""Where groups of tasks run: here and now, or in the middleware, in either mode."""
+"""The lifespan of an application, and where groups of tasks run in it or without."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
-import anyio.lowlevel
-from starlette.types import Message, Receive, Scope, Send
+from loops import SECONDS, until
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from postlude import BackgroundTasks, BackgroundTasksMiddleware, TaskState, add_task
 from postlude._tasks import _worker_threads
 
-# Reached by nothing but a failure.
-SECONDS = 10
 
+@asynccontextmanager
+async def alive(app: ASGIApp) -> AsyncGenerator[anyio.Event]:
+    """Runs the lifespan of an application; it ends when all its tasks have.
 
-async def until(condition: Callable[[], object]) -> None:
-    """Waits for what a thread does, of which the event loop is not told."""
-    with anyio.fail_after(SECONDS):
-        while not condition():  # noqa: ASYNC110 - a thread sets no event
-            await anyio.sleep(0.001)
+    To set the event shuts it down before that.
+    """
+    started, stopping = anyio.Event(), anyio.Event()
+
+    async def receive() -> Message:
+        if not started.is_set():
+            return {"type": "lifespan.startup"}
+        await stopping.wait()
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Message) -> None:
+        assert message["type"].endswith(".complete"), message
+        started.set()
+
+    async def live() -> None:
+        await app({"type": "lifespan", "state": {}}, receive, send)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(live)
+        with anyio.fail_after(SECONDS):
+            await started.wait()
+        yield stopping
+        stopping.set()
 
 
 def has_ended(group: BackgroundTasks) -> bool:
@@ -43,23 +62,9 @@ class Place:
         """Runs the lifespan of an application; when that ends, it waits for tasks."""
         self._options = options
         self.app = self._wrap()
-        up, stopping = anyio.Event(), anyio.Event()
-        waits = iter([anyio.lowlevel.checkpoint, stopping.wait])
-        kinds = iter(["lifespan.startup", "lifespan.shutdown"])
-
-        async def receive() -> Message:
-            await next(waits)()
-            return {"type": next(kinds)}
-
-        async def send(message: Message) -> None:
-            up.set()
-
         with anyio.fail_after(SECONDS):
-            async with anyio.create_task_group() as children:
-                children.start_soon(self.app, {"type": "lifespan"}, receive, send)
-                await up.wait()
+            async with alive(self.app):
                 yield
-                stopping.set()
 
     async def start(self, group: BackgroundTasks, *, status: int = 200) -> None:
         """Runs a group, at least until the application has returned.

@@ -18,6 +18,8 @@ import anyio.lowlevel
 import httpx2
 import pytest
 import starlette.background
+from loops import until
+from places import alive
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -41,8 +43,6 @@ from postlude.engines import (
     enqueue,
     enqueue_sync,
 )
-
-Backend = tuple[str, dict[str, Any]]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -281,32 +281,6 @@ def by_function(request: Request) -> tuple[Response, BackgroundTask]:
     return Response(), add_task(resize, 42)
 
 
-@asynccontextmanager
-async def alive(app: ASGIApp) -> AsyncGenerator[anyio.Event]:
-    """Runs the lifespan of an application, also until the event is set."""
-    started, stopping = anyio.Event(), anyio.Event()
-
-    async def receive() -> ASGIMessage:
-        if not started.is_set():
-            return {"type": "lifespan.startup"}
-        await stopping.wait()
-        return {"type": "lifespan.shutdown"}
-
-    async def send(message: ASGIMessage) -> None:
-        assert message["type"].endswith(".complete"), message
-        started.set()
-
-    async def live() -> None:
-        await app({"type": "lifespan", "state": {}}, receive, send)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(live)
-        with anyio.fail_after(10):
-            await started.wait()
-        yield stopping
-        stopping.set()
-
-
 def client_of(app: ASGIApp) -> httpx2.AsyncClient:
     transport = httpx2.ASGITransport(app)
     return httpx2.AsyncClient(transport=transport, base_url="http://test")
@@ -427,18 +401,12 @@ async def test_what_waits_at_shutdown_is_handed_over_first(
     ):
         for _ in range(3):
             requests.start_soon(client.get, "/")
-        await wait_for(lambda: app.status().waiting_groups == 2)
+        await until(lambda: app.status().waiting_groups == 2)
         stopping.set()
-        await wait_for(lambda: "shutdown waits for background tasks" in caplog.text)
+        await until(lambda: "shutdown waits for background tasks" in caplog.text)
         assert (adapter.submitted, closed) == ([], [])
         adapter.gate.set()
     assert closed == [6]
-
-
-async def wait_for(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(10):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 def test_add_task_without_a_request_names_enqueue() -> None:

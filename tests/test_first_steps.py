@@ -7,22 +7,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from loops import only_asyncio
+from places import alive
+from starlette.types import Message, Receive, Scope, Send
 
 from postlude import BackgroundTasks, BackgroundTasksMiddleware
 from postlude._supervisor import _Ahead
 
-pytestmark = [
-    pytest.mark.anyio,
-    pytest.mark.parametrize(
-        "anyio_backend",
-        [
-            ("asyncio", {"debug": True}),
-            ("asyncio", {"debug": True, "use_uvloop": True}),
-        ],
-        ids=["asyncio", "uvloop"],
-    ),
-]
+pytestmark = [pytest.mark.anyio, only_asyncio]
 
 Serve = Callable[
     [Callable[[], Awaitable[object]]], Coroutine[Any, Any, BackgroundTasks]
@@ -41,25 +33,21 @@ async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
         await scope["tasks"]()
 
     wrapped = BackgroundTasksMiddleware(app, drain_timeout=drain_timeout)
-    messages: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-    up = asyncio.Event()
 
-    async def send(message: Any) -> None:
-        up.set()
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None: ...
 
     async def serve(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
         tasks = BackgroundTasks()
         tasks.add_task(func)
         scope = {"type": "http", "method": "GET", "path": "/", "tasks": tasks}
-        await wrapped(scope, messages.get, send)
+        await wrapped(scope, receive, send)
         return tasks
 
-    await messages.put({"type": "lifespan.startup"})
-    lifespan = asyncio.create_task(wrapped({"type": "lifespan"}, messages.get, send))
-    await up.wait()
-    yield serve
-    await messages.put({"type": "lifespan.shutdown"})
-    await lifespan
+    async with alive(wrapped):
+        yield serve
 
 
 async def test_a_task_that_awaits_nothing_ends_before_the_event_loop_has_its_turn() -> (

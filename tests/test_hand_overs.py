@@ -18,6 +18,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import redis
+from loops import Backend
 from servers import Server, start, wait_until
 
 from postlude import (
@@ -39,8 +40,6 @@ from postlude.engines import (
     from_callable,
 )
 from postlude.engines._client import _Attempt
-
-Backend = tuple[str, dict[str, Any]]
 
 
 def declared(engine: Any) -> Callable[..., None]:

@@ -5,7 +5,7 @@ import contextvars
 import functools
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 import starlette.background
-from places import SECONDS, Place, has_ended, until
+from loops import SECONDS, Backend, is_trio, only_asyncio, run, until
+from places import Place, has_ended
 from servers import wait_until
 
 from postlude import BackgroundTask, BackgroundTasks, _limits, _supervisor, task
@@ -23,14 +24,8 @@ from postlude._tasks import _left_behind
 
 pytestmark = pytest.mark.anyio
 
-Backend = tuple[str, dict[str, Any]]
 Records = Callable[[str], list[str]]
 
-only_asyncio = pytest.mark.parametrize(
-    "anyio_backend",
-    [("asyncio", {"debug": True}), ("asyncio", {"debug": True, "use_uvloop": True})],
-    ids=["asyncio", "uvloop"],
-)
 in_the_middleware = pytest.mark.parametrize(
     "place", [False, True], ids=["attached", "detached"], indirect=True
 )
@@ -107,16 +102,6 @@ async def fill(limiter: anyio.CapacityLimiter) -> Callable[[], object]:
         limiter.release_on_behalf_of(fill)
 
     return release
-
-
-def run(backend: Backend, main: Callable[[], Awaitable[Any]]) -> None:
-    """Runs an event loop of its own."""
-    name, options = backend
-    anyio.run(main, backend=name, backend_options=options)
-
-
-def is_native() -> bool:
-    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
 
 
 # --- time limits ---------------------------------------------------------------------
@@ -394,7 +379,7 @@ PHASES = {
 async def test_a_cancellation_ends_a_limited_task_where_it_can(
     phase: str, by: str, place: Place, records: Records
 ) -> None:
-    if by == "asyncio" and not is_native():
+    if by == "asyncio" and is_trio():
         pytest.skip("Trio cancels by scopes")
     kinds = {"async": "async", "awaiting what it returned": "sync then async"}
     held = Held(kinds.get(phase, "sync"))
@@ -407,7 +392,7 @@ async def test_a_cancellation_ends_a_limited_task_where_it_can(
 
     async def request() -> None:
         with scope:
-            if is_native():
+            if not is_trio():
                 natives.append(asyncio.current_task())
             await group()
 

@@ -18,7 +18,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Generator,
-    Iterator,
 )
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
@@ -32,6 +31,8 @@ import starlette.responses
 from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import BACKENDS, Backend, only_asyncio, only_on, parts, run
+from places import alive
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -57,7 +58,6 @@ from postlude._tasks import home
 
 pytestmark = pytest.mark.anyio
 
-Backend = tuple[str, dict[str, Any]]
 Records = Callable[..., list[logging.LogRecord]]
 Task = Callable[[], Any]
 
@@ -92,19 +92,6 @@ def only(*names: str) -> pytest.MarkDecorator:
 
 
 supervised = only("waiting", "detached")
-BACKENDS: dict[str, Backend] = {
-    "asyncio": ("asyncio", {"debug": True}),
-    "uvloop": ("asyncio", {"debug": True, "use_uvloop": True}),
-    "trio": ("trio", {}),
-}
-
-
-def only_on(*names: str) -> pytest.MarkDecorator:
-    backends = [BACKENDS[name] for name in names]
-    return pytest.mark.parametrize("anyio_backend", backends, ids=names)
-
-
-only_asyncio = only_on("asyncio", "uvloop")
 both_kinds = pytest.mark.parametrize("sync", [False, True], ids=["async", "sync"])
 
 
@@ -133,32 +120,6 @@ def messages(records: list[logging.LogRecord]) -> list[str]:
 
 
 # --- an application, and what is served of it ----------------------------------------
-
-
-@asynccontextmanager
-async def alive(app: ASGIApp) -> AsyncGenerator[None]:
-    """Runs the lifespan of an application; it ends when all its tasks have."""
-    started, stopping = anyio.Event(), anyio.Event()
-
-    async def receive() -> Message:
-        if not started.is_set():
-            return {"type": "lifespan.startup"}
-        await stopping.wait()
-        return {"type": "lifespan.shutdown"}
-
-    async def send(message: Message) -> None:
-        assert message["type"].endswith(".complete"), message
-        started.set()
-
-    async def live() -> None:
-        await app({"type": "lifespan", "state": {}}, receive, send)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(live)
-        with anyio.fail_after(10):
-            await started.wait()
-        yield
-        stopping.set()
 
 
 @asynccontextmanager
@@ -1164,22 +1125,18 @@ def test_requests_in_another_event_loop_than_the_lifespan_run_their_tasks_themse
         return Response(background=BackgroundTask(noting(log, "sync", sync=True)))
 
     wrapped = BackgroundTasksMiddleware(answering(answer), detach=True)
-    name, options = anyio_backend
 
     async def elsewhere() -> None:
         await request(wrapped)
         assert log == ["sync", "added"]
 
-    def in_thread() -> None:
-        anyio.run(elsewhere, backend=name, backend_options=options)
-
     async def main() -> None:
         async with alive(wrapped):
-            await anyio.to_thread.run_sync(in_thread)
+            await anyio.to_thread.run_sync(run, anyio_backend, elsewhere)
             await request(wrapped)
             assert log == ["sync", "added"]
 
-    anyio.run(main, backend=name, backend_options=options)
+    run(anyio_backend, main)
     assert log == ["sync", "added"] * 2
 
 
@@ -1408,20 +1365,11 @@ async def test_each_of_several_failures_is_logged_once(
     assert {str(part) for part in error.exceptions} == {"one", "two", "three"}
 
 
-def parts(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from parts(part)
-    else:
-        yield error
-
-
 def is_interrupted(main: Callable[[], Awaitable[None]], anyio_backend: Backend) -> bool:
-    name, options = anyio_backend
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - Trio puts it in groups
-        anyio.run(main, backend=name, backend_options=options)
+        run(anyio_backend, main)
     interrupted = KeyboardInterrupt in map(type, parts(caught.value))
-    if name == "asyncio":
+    if anyio_backend[0] == "asyncio":
         # It complains of what is left behind: here rather than in another test.
         del caught
         gc.collect()
@@ -3873,8 +3821,7 @@ def test_any_mixture_of_tasks_runs_once_in_order_and_fails_alone(
     handler = Listening()
     logger.addHandler(handler)
     try:
-        backend, options = anyio_backend
-        anyio.run(main, backend=backend, backend_options=options)
+        run(anyio_backend, main)
     finally:
         logger.removeHandler(handler)
     assert Counter(plan.log) == Counter(names + plan.added)

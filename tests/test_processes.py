@@ -18,7 +18,8 @@ import anyio
 import chores
 import httpx2
 import pytest
-from places import SECONDS, Place, until
+from loops import SECONDS, until
+from places import Place
 from servers import serve, wait_until
 
 from postlude import (

@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import functools
 import gc
-import logging
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
@@ -18,6 +17,7 @@ import pytest
 import starlette.background
 from hypothesis import given
 from hypothesis import strategies as st
+from loops import Held, only_asyncio, until
 
 import postlude
 from postlude import BackgroundTask, BackgroundTasks, TaskState, _tasks
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.anyio
 
 drop_in = pytest.mark.parametrize(
     "library", [starlette.background, postlude], ids=["starlette", "postlude"]
-)
-only_asyncio = pytest.mark.parametrize(
-    "anyio_backend",
-    ["asyncio", ("asyncio", {"use_uvloop": True})],
-    ids=["asyncio", "uvloop"],
 )
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
 
@@ -50,28 +45,6 @@ def cancel(scope: anyio.CancelScope) -> None:
 
 def states(tasks: BackgroundTasks) -> list[str]:
     return [task.state for task in tasks.tasks if isinstance(task, BackgroundTask)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what a thread does, of which the event loop is not told."""
-    with anyio.fail_after(5):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
-
-
-@pytest.fixture
-def records(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """Returns what was logged at a level by then."""
-    caplog.set_level(logging.INFO, "postlude")
-
-    def at(level: str) -> list[str]:
-        return [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelname == level and record.name == "postlude"
-        ]
-
-    return at
 
 
 # --- the trip to a worker thread -----------------------------------------------------
@@ -639,20 +612,6 @@ async def test_a_failure_in_a_cancelled_trip_is_logged(
     assert len(records("ERROR")) == 1
 
 
-class Held:
-    """A sync task that is held in its thread until it is told to go on."""
-
-    def __init__(self, then: Callable[[], Any] = lambda: None) -> None:
-        self.entered = anyio.Event()
-        self.go_on = threading.Event()
-        self.then = then
-
-    def __call__(self) -> Any:
-        anyio.from_thread.run_sync(self.entered.set)
-        self.go_on.wait(5)
-        return self.then()
-
-
 @only_asyncio
 async def test_asyncios_cancellation_stops_a_trip_before_the_next_task(
     records: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
@@ -674,7 +633,7 @@ async def test_asyncios_cancellation_stops_a_trip_before_the_next_task(
     [warning] = records("WARNING")
     assert warning == (
         "background tasks cut short by CancelledError: "
-        f"{name('Held')} (its thread goes on), 'list.append' (not started)"
+        "'loops.Held' (its thread goes on), 'list.append' (not started)"
     )
     assert first.state is TaskState.RUNNING
     held.go_on.set()
@@ -723,7 +682,7 @@ async def test_a_failure_in_an_abandoned_thread_is_logged_by_it(
     assert records("ERROR") == []
     held.go_on.set()
     await until(lambda: records("ERROR") != [])
-    assert records("ERROR") == [f"background task {name('Held')} failed"]
+    assert records("ERROR") == ["background task 'loops.Held' failed"]
     assert task.state is TaskState.FAILED
 
 
@@ -740,7 +699,7 @@ async def test_what_an_abandoned_thread_returns_is_given_up(
         await running
     held.go_on.set()
     await until(lambda: len(records("WARNING")) == 2)
-    assert records("WARNING")[1].startswith(f"background task {name('Held')} cut short")
+    assert records("WARNING")[1].startswith("background task 'loops.Held' cut short")
     assert task.state is TaskState.CANCELLED
 
 

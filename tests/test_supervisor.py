@@ -24,6 +24,17 @@ import pytest
 import starlette.background
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from loops import (
+    SECONDS,
+    Backend,
+    Held,
+    is_trio,
+    only_asyncio,
+    only_on,
+    parts,
+    run,
+    until,
+)
 from servers import wait_until
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,23 +54,10 @@ pytestmark = pytest.mark.anyio
 both_modes = pytest.mark.parametrize(
     "detach", [False, True], ids=["attached", "detached"]
 )
-only_asyncio = pytest.mark.parametrize(
-    "anyio_backend",
-    [
-        ("asyncio", {"debug": True}),
-        ("asyncio", {"debug": True, "use_uvloop": True}),
-    ],
-    ids=["asyncio", "uvloop"],
-)
-only_trio = pytest.mark.parametrize("anyio_backend", ["trio"])
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
 
-Backend = tuple[str, dict[str, Any]]
 Endpoint = Callable[[], Awaitable[Any]]
-
-# Reached by nothing but a failure.
-SECONDS = 30
 
 STARTED = "lifespan.startup.complete"
 ENDED = "lifespan.shutdown.complete"
@@ -215,46 +213,6 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-class Held:
-    """A sync task that is held in its thread until it is told to go on."""
-
-    def __init__(self, then: Callable[[], Any] = lambda: None) -> None:
-        self.entered = anyio.Event()
-        self.go_on = threading.Event()
-        self.then = then
-
-    def __call__(self) -> Any:
-        anyio.from_thread.run_sync(self.entered.set)
-        assert self.go_on.wait(SECONDS)
-        return self.then()
-
-
-def is_trio() -> bool:
-    return anyio.get_cancelled_exc_class() is not asyncio.CancelledError
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Waits for what a thread does, of which the event loop is not told."""
-    with anyio.fail_after(SECONDS):
-        while not condition():  # noqa: ASYNC110 - a thread sets no event
-            await anyio.sleep(0.001)
-
-
-@pytest.fixture
-def records(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """Returns what was logged at a level by then."""
-    caplog.set_level(logging.INFO, "postlude")
-
-    def at(level: str) -> list[str]:
-        return [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelname == level and record.name == "postlude"
-        ]
-
-    return at
-
-
 def reported(message: str) -> dict[str, str]:
     """Returns the names that a report has, each with where the task was."""
     head, _, tail = message.partition(": ")
@@ -281,12 +239,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a test the time that tasks have to clean up if it needs all of it."""
     monkeypatch.setattr(_supervisor, "_CLEANUP_SECONDS", 0.1)
     monkeypatch.setattr(_supervisor, "_PRESSURE_SECONDS", 0.2)
-
-
-def run(backend: Backend, main: Callable[[], Awaitable[Any]]) -> None:
-    """Runs an event loop of its own."""
-    name, options = backend
-    anyio.run(main, backend=name, backend_options=options)
 
 
 # --- the drain -----------------------------------------------------------------------
@@ -1193,7 +1145,7 @@ async def test_a_task_that_cancels_itself_at_once_does_not_cancel_the_next(
     assert len(records("ERROR")) == (0 if then == "ends" else 2)
 
 
-@only_trio
+@only_on("trio")
 @both_modes
 async def test_a_scope_that_is_cancelled_in_a_task_is_that_tasks_own(
     detach: bool, records: Callable[[str], list[str]]
@@ -2496,12 +2448,6 @@ def test_an_interrupt_leaves_and_the_rest_is_reported(
     assert sorted(given) == sorted(names)
     # What was never awaited would show now.
     gc.collect()
-
-
-def parts(exc: BaseException) -> list[BaseException]:
-    if isinstance(exc, BaseExceptionGroup):
-        return [part for each in exc.exceptions for part in parts(each)]
-    return [exc]
 
 
 # --- limits --------------------------------------------------------------------------

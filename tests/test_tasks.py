@@ -19,6 +19,7 @@ import anyio.to_thread
 import pytest
 import starlette.background
 from anyio.lowlevel import checkpoint
+from loops import only_asyncio
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
@@ -34,11 +35,6 @@ drop_in = pytest.mark.parametrize(
     "library", [starlette.background, postlude], ids=["starlette", "postlude"]
 )
 kinds = pytest.mark.parametrize("kind", ["sync", "async"])
-only_asyncio = pytest.mark.parametrize(
-    "anyio_backend",
-    ["asyncio", ("asyncio", {"use_uvloop": True})],
-    ids=["asyncio", "uvloop"],
-)
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
 

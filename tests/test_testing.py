@@ -19,13 +19,14 @@ import fastapi
 import httpx2
 import pytest
 import starlette.background
+from places import alive
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import postlude.responses
@@ -248,28 +249,10 @@ each_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 @asynccontextmanager
-async def alive(app: ASGIApp) -> AsyncGenerator[httpx2.AsyncClient]:
+async def lively(app: ASGIApp) -> AsyncGenerator[httpx2.AsyncClient]:
     """Runs the lifespan of an application, with a client of it."""
-    started, stopping = anyio.Event(), anyio.Event()
-
-    async def receive() -> Message:
-        if not started.is_set():
-            return {"type": "lifespan.startup"}
-        await stopping.wait()
-        return {"type": "lifespan.shutdown"}
-
-    async def send(message: Message) -> None:
-        started.set()
-
-    async def live() -> None:
-        await app({"type": "lifespan", "state": {}}, receive, send)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(live)
-        await started.wait()
-        async with connected(app) as client:
-            yield client
-        stopping.set()
+    async with alive(app), connected(app) as client:
+        yield client
 
 
 def connected(app: ASGIApp) -> httpx2.AsyncClient:
@@ -346,7 +329,7 @@ def test_what_is_recorded_is_what_would_have_run_and_runs_on_demand(
 async def test_tasks_of_an_async_test_are_recorded_and_run(
     make: Make,
 ) -> None:
-    for connect in connected, alive:
+    for connect in connected, lively:
         ran.clear()
         async with connect(make()) as client:
             with capture_tasks() as captured:
@@ -374,7 +357,7 @@ async def test_a_request_cancelled_at_its_end_has_its_tasks_recorded_if_they_wou
         await anyio.sleep_forever()
 
     wrapped = BackgroundTasksMiddleware(app, detach=detach)
-    connect = alive if has_lifespan else connected
+    connect = lively if has_lifespan else connected
     expected = [call(note, "one"), call(note, "two"), call(clean_up)]
     if not has_lifespan:
         del expected[0 if detach else 1 : 2]
@@ -730,7 +713,7 @@ def test_a_sync_test_waits_for_all_tasks_of_a_detached_application(
 async def test_an_async_test_waits_for_all_tasks_of_a_detached_application(
     make: Make,
 ) -> None:
-    async with alive(make()) as client:
+    async with lively(make()) as client:
         await wait_for_tasks()
         await client.get("/adding?task=hold")
         with pytest.raises(TimeoutError):

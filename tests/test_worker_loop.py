@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 import redis.exceptions
-from places import SECONDS
+from loops import SECONDS
 
 from postlude.engines import _worker_loop
 from postlude.engines._adapter import (

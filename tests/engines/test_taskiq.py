@@ -19,6 +19,7 @@ import anyio.to_thread
 import pydantic
 import pytest
 import redis
+from loops import BACKENDS, Backend
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.trace import TracerProvider
 from taskiq import (
@@ -51,16 +52,10 @@ from postlude.engines.taskiq import TaskiqEngine
 request_id: ContextVar[str] = ContextVar("request_id", default="none")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
-        pytest.param(("asyncio", {"debug": True, "use_uvloop": True}), id="uvloop"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+@pytest.fixture(params=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
     """Runs each async test where Taskiq does."""
-    backend: tuple[str, dict[str, Any]] = request.param
-    return backend
+    return BACKENDS[request.param]
 
 
 class Broker(InMemoryBroker):

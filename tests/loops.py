@@ -1,6 +1,7 @@
 """The event loops that tests run on, and how they wait for what happens there."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -35,6 +36,23 @@ def run(backend: Backend, main: Callable[[], Awaitable[Any]]) -> None:
     anyio.run(main, backend=name, backend_options=options)
 
 
+def run_until_interrupt(backend: Backend, main: Callable[[], Awaitable[Any]]) -> None:
+    """Runs an event loop of its own, which Ctrl+C ends."""
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - Trio puts it in groups
+        run(backend, main)
+    kinds = [type(part) for part in _parts(caught.value)]
+    # What is left behind complains when it is collected: here, not in a later test.
+    del caught
+    gc.collect()
+    assert KeyboardInterrupt in kinds, kinds
+
+
+def _parts(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [part for each in error.exceptions for part in _parts(each)]
+    return [error]
+
+
 def is_trio() -> bool:
     return anyio.get_cancelled_exc_class() is not asyncio.CancelledError
 
@@ -58,10 +76,3 @@ class Held:
         anyio.from_thread.run_sync(self.entered.set)
         assert self.go_on.wait(SECONDS)
         return self.then()
-
-
-def parts(error: BaseException) -> list[BaseException]:
-    """Returns an exception, or those that a group holds."""
-    if isinstance(error, BaseExceptionGroup):
-        return [part for each in error.exceptions for part in parts(each)]
-    return [error]

@@ -31,7 +31,7 @@ import starlette.responses
 from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import BACKENDS, Backend, only_asyncio, only_on, parts, run
+from loops import BACKENDS, Backend, only_asyncio, only_on, run, run_until_interrupt
 from places import alive
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -1365,17 +1365,6 @@ async def test_each_of_several_failures_is_logged_once(
     assert {str(part) for part in error.exceptions} == {"one", "two", "three"}
 
 
-def is_interrupted(main: Callable[[], Awaitable[None]], anyio_backend: Backend) -> bool:
-    with pytest.raises(BaseException) as caught:  # noqa: PT011 - Trio puts it in groups
-        run(anyio_backend, main)
-    interrupted = KeyboardInterrupt in map(type, parts(caught.value))
-    if anyio_backend[0] == "asyncio":
-        # It complains of what is left behind: here rather than in another test.
-        del caught
-        gc.collect()
-    return interrupted
-
-
 @both_kinds
 def test_only_ctrl_c_leaves(
     anyio_backend: Backend, mode: Mode, sync: bool, records: Records
@@ -1392,7 +1381,7 @@ def test_only_ctrl_c_leaves(
         async with served(answering(answer), mode) as wrapped:
             await request(wrapped)
 
-    assert is_interrupted(main, anyio_backend)
+    run_until_interrupt(anyio_backend, main)
     assert log == ["task"]
     assert not [r for r in records(ERROR) if r.getMessage().endswith("failed")]
 
@@ -3322,7 +3311,7 @@ def test_ctrl_c_in_an_observer_leaves(
         async with served(answering(answer), mode, observers=observers) as wrapped:
             await request(wrapped)
 
-    assert is_interrupted(main, anyio_backend)
+    run_until_interrupt(anyio_backend, main)
 
 
 async def test_a_plain_function_that_returns_a_context_manager_is_an_observer(

@@ -375,14 +375,6 @@ def test_what_is_no_application_is_refused() -> None:
     assert str(caught.value) == "app must be an ASGI application, not <no function>"
 
 
-async def test_none_stands_for_no_limit(mode: Mode) -> None:
-    log: list[str] = []
-    app = answering(lambda: Response(background=BackgroundTask(log.append, "done")))
-    none = {"drain_timeout": None, "max_running": None, "threads": None}
-    await serve(app, mode, **none, on_lost=None)
-    assert log == ["done"]
-
-
 # --- who owns the tasks --------------------------------------------------------------
 
 
@@ -1115,31 +1107,6 @@ def test_the_test_client_drains_what_is_detached_when_it_is_left() -> None:
     assert log == ["added"] * 3
 
 
-def test_requests_in_another_event_loop_than_the_lifespan_run_their_tasks_themselves(
-    anyio_backend: Backend,
-) -> None:
-    log: list[str] = []
-
-    def answer() -> Response:
-        add_task(noting(log, "added"))
-        return Response(background=BackgroundTask(noting(log, "sync", sync=True)))
-
-    wrapped = BackgroundTasksMiddleware(answering(answer), detach=True)
-
-    async def elsewhere() -> None:
-        await request(wrapped)
-        assert log == ["sync", "added"]
-
-    async def main() -> None:
-        async with alive(wrapped):
-            await anyio.to_thread.run_sync(run, anyio_backend, elsewhere)
-            await request(wrapped)
-            assert log == ["sync", "added"]
-
-    run(anyio_backend, main)
-    assert log == ["sync", "added"] * 2
-
-
 # --- failures ------------------------------------------------------------------------
 
 
@@ -1422,7 +1389,7 @@ class Adding:
         return True
 
 
-@pytest.mark.parametrize("status", [200, 204, 302, 399])
+@pytest.mark.parametrize("status", [200, 204, 399])
 async def test_added_tasks_run_after_a_response_that_is_no_error(
     status: int, mode: Mode, records: Records
 ) -> None:
@@ -1437,7 +1404,7 @@ async def test_added_tasks_run_after_a_response_that_is_no_error(
     assert records() == []
 
 
-@pytest.mark.parametrize("status", [400, 404, 500])
+@pytest.mark.parametrize("status", [400, 500])
 async def test_after_an_error_response_only_its_own_background_runs(
     status: int, mode: Mode, records: Records
 ) -> None:
@@ -1454,17 +1421,14 @@ async def test_after_an_error_response_only_its_own_background_runs(
     assert adding.has_told(f"the response had status {status}", records)
 
 
-@pytest.mark.parametrize("how", ["raised", "returned"])
-async def test_a_404_counts_as_an_error_whether_it_is_raised_or_returned(
-    how: str, mode: Mode, records: Records
+async def test_an_error_counts_as_one_when_it_is_raised(
+    mode: Mode, records: Records
 ) -> None:
     adding = Adding()
 
     async def endpoint(request: Request) -> Response:
         adding.add()
-        if how == "raised":
-            raise HTTPException(404)
-        return Response(status_code=404)
+        raise HTTPException(404)
 
     app = Starlette(routes=[Route("/", endpoint)])
     async with served(app, mode) as wrapped:
@@ -1646,15 +1610,12 @@ async def test_a_group_that_is_added_but_does_not_run_is_named_task_by_task(
     mode: Mode, records: Records
 ) -> None:
     log: list[str] = []
-    groups: list[BackgroundTasks] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         inner = BackgroundTasks([BackgroundTask(noting(log, "one"))])
         stock = starlette.background.BackgroundTask(noting(log, "two"))
         always = BackgroundTask(noting(log, "always", always=True))
-        group = BackgroundTasks([inner, stock, always])
-        groups.extend([inner, group])
-        add_task(group)
+        add_task(BackgroundTasks([inner, stock, always]))
         await respond(send, 500)
 
     await serve(app, mode)

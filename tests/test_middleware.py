@@ -721,7 +721,7 @@ async def test_without_lifespan_what_always_runs_does_though_cancelled_again(
 @only_asyncio
 @only("waiting without lifespan", "detached without lifespan")
 async def test_without_lifespan_what_a_thread_returns_too_late_is_closed(
-    mode: Mode, records: Records
+    mode: Mode,
 ) -> None:
     log: list[str] = []
     held = Held(sync=True)

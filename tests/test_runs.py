@@ -831,9 +831,7 @@ async def test_stock_tasks_and_groups_are_cut_short_like_ours(
     assert tasks.tasks[1].tasks[0].state is TaskState.CANCELLED  # type: ignore[attr-defined]
 
 
-async def test_tasks_declared_always_run_though_one_ends_in_a_group_of_errors(
-    records: Callable[[str], list[str]],
-) -> None:
+async def test_tasks_declared_always_run_though_one_ends_in_a_group_of_errors() -> None:
     log: list[str] = []
 
     async def broken() -> None:

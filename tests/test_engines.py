@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import anyio
-import anyio.lowlevel
 import httpx2
 import pytest
 import starlette.background

@@ -1341,7 +1341,7 @@ async def test_what_a_thread_returns_while_it_is_stopped_cleans_up_too(
     app = wrap(detach=detach, drain_timeout=0)
     async with serving(app) as server:
         held = Held(then=cleaning(server.log, "cleaned", 0.2))
-        await server.request(tasks(named("held", held)))
+        await server.request(tasks(tasks(named("held", held))))
         await held.entered.wait()
         server.stop()
         await until(lambda: app.status().running_groups == 1)

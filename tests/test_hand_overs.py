@@ -358,7 +358,7 @@ async def test_what_is_given_up_before_its_thread_begins_is_not_sent() -> None:
     sent: list[int] = []
     client = Client("spool")
     client.open()
-    attempt = _Attempt(client, client._open_here(), "task", lambda: sent.append(1))
+    attempt = _Attempt(client, client._here(), "task", lambda: sent.append(1))
     attempt._is_given_up = True
     await attempt.in_thread()
     client.close()

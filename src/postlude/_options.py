@@ -130,7 +130,7 @@ class Limiter:
         """
         if isinstance(self._limit, int):
             return limiter_here(self._made, self._limit)
-        loop = _loop()
+        loop = event_loop()
         if self._loops.setdefault(self._limit, loop) != loop:
             raise RuntimeError(
                 f"{self._limit!r} is in use in another event loop: give task() an int "
@@ -154,6 +154,8 @@ class Options:
     engine: Engine | None = None
     # What it was noted on, as `functools.wraps` copies it to other functions.
     owner: object = None
+    # What the engine knows that by.
+    registered: str = ""
 
     @property
     def are_limits(self) -> bool:
@@ -242,14 +244,16 @@ def task(
         earlier = options_of(target)
         if earlier.process or earlier.engine is not None:
             check_outermost(target)
+        handed_to = earlier.engine if engine is None else engine
         options = Options(
             name=name or earlier.name,
             timeout=timeout or earlier.timeout,
             limiter=earlier.limiter if limiter is None else Limiter(limiter),
             process=process or earlier.process,
             always=always or earlier.always,
-            engine=earlier.engine if engine is None else engine,
+            engine=handed_to,
             owner=target,
+            registered="" if handed_to is None else dotted_name_of(target),
         )
         try:
             setattr(target, _ATTRIBUTE, options)
@@ -261,7 +265,7 @@ def task(
             setattr(target, _ATTRIBUTE, options)
             return cast(T, target)
         if engine is not None:
-            engine.register(target, dotted_name_of(target))
+            engine.register(target, options.registered)
         return func
 
     return declare
@@ -380,7 +384,9 @@ def check_foreign(func: Any) -> None:
     if type(func) is FunctionType:
         # RQ's is a function that has been given another one.
         delay = vars(func).get("delay")
-        if getattr(delay, "__globals__", {}).get("__name__") == "rq.decorators":
+        if delay is not None and (
+            getattr(delay, "__globals__", {}).get("__name__") == "rq.decorators"
+        ):
             raise _foreign(func, "rq", "task.delay, ...")
     elif type(func) not in _OWN:
         for (module, name), spelling in _FOREIGN.items():
@@ -406,16 +412,19 @@ def handing_over(
         TypeError: If no worker could find the function, or it is not the one that has
             been registered.
     """
-    check_outermost(func)
-    name = dotted_name_of(func)
+    options = options_of(func)
+    name = options.registered
+    if func is not options.owner:
+        check_outermost(func)
+        name = dotted_name_of(func)
     if name.startswith("__main__."):
         raise TypeError(
             f"{name} cannot be handed over, as every process has a __main__ of its "
             "own: move it to a module that the worker imports as well"
         )
-    engine = cast("Engine", options_of(func).engine)
+    engine = cast("Engine", options.engine)
     function: Any = func
-    while True:
+    while type(function) is not FunctionType:
         if isinstance(function, functools.partial):
             args, kwargs = function.args + args, function.keywords | kwargs
             function = function.func
@@ -547,7 +556,12 @@ def limiter_here(
     return limiter
 
 
-def _loop() -> asyncio.AbstractEventLoop | object:
+def event_loop() -> asyncio.AbstractEventLoop | object:
+    """Returns what is one for the running event loop, and no other.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -557,7 +571,7 @@ def _loop() -> asyncio.AbstractEventLoop | object:
 def in_event_loop() -> bool:
     """Whether an event loop is running in this thread."""
     try:
-        _loop()
+        event_loop()
     except RuntimeError:
         return False
     return True

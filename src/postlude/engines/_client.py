@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import Context
 from functools import partial
 from inspect import CO_COROUTINE, isawaitable
 from threading import Lock
 from types import CodeType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 from starlette.background import BackgroundTask as StockTask
 from typing_extensions import override
 
 from postlude import _tasks
 from postlude._limits import _from_thread
-from postlude._options import check_timeout
+from postlude._options import check_timeout, event_loop
 
 logger = logging.getLogger("postlude")
-
-_numbers = itertools.count(1)
 
 
 class EngineError(Exception):
@@ -124,12 +119,8 @@ class Client:
         self._timeout = timeout
         self._threads = threads
         self._unreachable: tuple[type[Exception], ...] = (OSError, *unreachable)
-        # Older versions of AnyIO know these by their names.
-        self._here: anyio.lowlevel.RunVar[_Here | None] = anyio.lowlevel.RunVar(
-            f"postlude_client_{next(_numbers)}", None
-        )
-        # How often it has been opened, in all event loops.
-        self._opened = 0
+        # The event loops that it is open in.
+        self._open_in: dict[object, _Here] = {}
         # How many threads go on with calls that have been given up. Event loops come
         # and go meanwhile, so that it is counted by the threads.
         self._left_behind = 0
@@ -137,11 +128,10 @@ class Client:
 
     def open(self) -> None:
         """Allows calls in the running event loop, until it is closed as often."""
-        here = self._here.get() or _Here(self._threads, self._timeout)
-        self._here.set(here)
-        here.opened += 1
-        with self._lock:
-            self._opened += 1
+        loop = event_loop()
+        if loop not in self._open_in:
+            self._open_in[loop] = _Here(self._threads, self._timeout)
+        self._open_in[loop].opened += 1
 
     def close(self) -> None:
         """Ends what `open` has begun.
@@ -149,9 +139,10 @@ class Client:
         Raises:
             RuntimeError: If it is not open in this event loop.
         """
-        self._open_here().opened -= 1
-        with self._lock:
-            self._opened -= 1
+        here = self._here()
+        here.opened -= 1
+        if not here.opened:
+            del self._open_in[event_loop()]
 
     def check_open(self) -> None:
         """Refuses to be used outside the application's lifespan; from any thread.
@@ -161,7 +152,7 @@ class Client:
         Raises:
             RuntimeError: If it is not open in any event loop.
         """
-        if not self._opened and _tasks.keep is None:
+        if not self._open_in and _tasks.keep is None:
             raise self._not_open()
 
     async def call(self, task: str, send: Callable[..., Any], *args: Any) -> Any:
@@ -183,22 +174,24 @@ class Client:
                 client's own class of that name.
             Refused: If it raises anything else, but for an `EngineError`.
         """
-        here = self._open_here()
+        here = self._here()
         attempt = _Attempt(self, here, task, partial(send, *args))
-        with here.limited() as scope:
+        with here.limited() as limit:
             try:
                 if _is_async(send):
                     attempt.is_begun = True
                     result = await send(*args)
                 else:
                     result = await attempt.in_thread()
-                return await result if isawaitable(result) else result
+                # Most return an id.
+                is_plain = type(result) is str or not isawaitable(result)
+                return result if is_plain else await result
             except EngineError:
                 raise
             # A SystemExit would end the event loop.
             except (Exception, SystemExit) as exc:
                 # Some clients make an error of their own of the cancellation.
-                is_late = scope.cancel_called or is_timeout(exc)
+                is_late = limit.cancel_called or is_timeout(exc)
                 raise self._error(task, exc, is_late=is_late) from exc
         if attempt.is_begun:
             raise OutcomeUnknown(
@@ -210,9 +203,9 @@ class Client:
             f"waited for it for {self._timeout} s"
         )
 
-    def _open_here(self) -> _Here:
-        here = self._here.get()
-        if here is None or not here.opened:
+    def _here(self) -> _Here:
+        here = self._open_in.get(event_loop())
+        if here is None:
             raise self._not_open()
         return here
 
@@ -247,43 +240,96 @@ class _Here:
         # How often it has been opened.
         self.opened = 0
         self.places = anyio.CapacityLimiter(threads)
+        loop = event_loop()
+        self.limited: Callable[[], _TimeLimit | anyio.CancelScope]
+        if isinstance(loop, asyncio.AbstractEventLoop) and timeout is not None:
+            self.limited = partial(_TimeLimit, _Timer(loop, timeout))
+        else:
+            self.limited = partial(anyio.move_on_after, timeout)
+
+
+class _TimeLimit:
+    """Cancels what takes too long, as `asyncio.timeout()` does.
+
+    That costs more than a short call, and so does a scope of AnyIO's.
+
+    Args:
+        timer: What tells when time is up.
+    """
+
+    def __init__(self, timer: _Timer) -> None:
+        self._timer = timer
+        self._cancels = 0
+
+    @property
+    def cancel_called(self) -> bool:
+        """Whether time is up."""
+        return self._cancels > 0
+
+    def cancel(self) -> None:
+        """Cancels what is going on, which does not always end by that."""
+        self._cancels += 1
+        self._task.cancel()
+
+    def __enter__(self) -> Self:
+        # There is always one.
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        # Somebody else may cancel it, too.
+        self._others = self._task.cancelling()
+        self._timer.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._timer.remove(self)
+        if not self._cancels:
+            return False
+        for _ in range(self._cancels):
+            self._task.uncancel()
+        is_cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+        return is_cancelled and self._task.cancelling() <= self._others
+
+
+class _Timer:
+    """Cancels what takes too long; one for all calls in an event loop of asyncio's.
+
+    Args:
+        loop: The event loop.
+        timeout: How long it may take, in seconds; as much again for what it does when
+            it is cancelled, then it is cancelled again.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        self._loop = loop
         self._timeout = timeout
-        # On asyncio a timer costs more than a short call: one for all calls. These are
-        # in the order in which their time is up.
-        self._loop = _asyncio_loop()
-        self._deadlines: dict[anyio.CancelScope, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        # In the order in which their time is up.
+        self._deadlines: dict[_TimeLimit, float] = {}
+        self._handle: asyncio.TimerHandle | None = None
 
-    @contextmanager
-    def limited(self) -> Generator[anyio.CancelScope]:
-        """Cancels what goes on within when it takes too long."""
-        if self._loop is None or self._timeout is None:
-            with anyio.move_on_after(self._timeout) as scope:
-                yield scope
-            return
-        with anyio.CancelScope() as scope:
-            self._deadlines[scope] = self._loop.time() + self._timeout
-            if self._timer is None:
-                self._set_timer(self._loop)
-            try:
-                yield scope
-            finally:
-                self._deadlines.pop(scope, None)
+    def add(self, limit: _TimeLimit) -> None:
+        """Makes its time begin."""
+        self._deadlines[limit] = self._loop.time() + self._timeout
+        if self._handle is None:
+            self._start()
 
-    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+    def remove(self, limit: _TimeLimit) -> None:
+        """Has nothing to do with it any more."""
+        del self._deadlines[limit]
+
+    def _start(self) -> None:
         deadline = next(iter(self._deadlines.values()))
         # In no context, as that of a request would be kept alive.
-        check = partial(self._check, loop)
-        self._timer = loop.call_at(deadline, check, context=Context())
+        self._handle = self._loop.call_at(deadline, self._check, context=Context())
 
-    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        for scope, deadline in [*self._deadlines.items()]:
-            if deadline > loop.time():
-                self._set_timer(loop)
+    def _check(self) -> None:
+        self._handle = None
+        for limit, deadline in [*self._deadlines.items()]:
+            if deadline > self._loop.time():
                 break
-            del self._deadlines[scope]
-            scope.cancel()
+            limit.cancel()
+            self.remove(limit)
+            self.add(limit)
+        if self._deadlines and self._handle is None:
+            self._start()
 
 
 class _Unlimited(anyio.CapacityLimiter):
@@ -390,13 +436,6 @@ class _Attempt:
                 how = f"failed with {kind}" if failure else "has come to its end"
                 message = "the call of %r for %r %s after it had been given up"
                 logger.warning(message, self._client._engine, self._task, how)
-
-
-def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _is_async(send: Any) -> bool:

@@ -167,8 +167,8 @@ def test_what_restores_headers_must_be_callable() -> None:
 def test_an_engine_with_options_is_the_same_engine() -> None:
     engine = adapter()
     other = engine._with({"queue": "a", "limit": 1})._with({"limit": 2})
-    assert other._native == {"queue": "a", "limit": 2}
-    assert engine._native == {}
+    assert other._options == {"queue": "a", "limit": 2}
+    assert engine._options == {}
     other.register(restore, "restore")
     assert engine.functions == {"restore": restore}
     assert other._client is engine._client

@@ -81,7 +81,7 @@ def call_huey(engine: Any, queue: str) -> Callable[[], object]:
 
 
 def call_rq(engine: Any, queue: str) -> Callable[[], object]:
-    send = engine._native["queue"].enqueue_call
+    send = engine._options["queue"].enqueue_call
     return lambda: send(notify, ARGS, KWARGS)
 
 

@@ -64,7 +64,7 @@ def send(native: Any, *args: object) -> None:
 
 def failure(declared: Any, receipt: Receipt) -> str:
     """Returns what the engine's own tools tell of a task that has failed."""
-    queue = declared.engine._native["queue_name"]
+    queue = declared.engine._options["queue_name"]
     sent = message(queue, "engines.declared.fail", (), {}, {}, message_id=receipt.id)
     try:
         backend = declared.app.get_results_backend()
@@ -82,7 +82,7 @@ def is_unknown(declared: Any, receipt: Receipt, log: Callable[[], str]) -> bool:
 
 def dead_letters(declared: Any) -> list[str]:
     """Returns the ids of the messages in the dead-letter queue."""
-    broker, queue = declared.app, declared.engine._native["queue_name"]
+    broker, queue = declared.app, declared.engine._options["queue_name"]
     if isinstance(broker, RedisBroker):
         client: Any = broker.client
         bodies = client.hvals(f"{broker.namespace}:{queue}.XQ.msgs")

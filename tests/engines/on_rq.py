@@ -43,7 +43,7 @@ def command() -> list[str]:
 def send(native: Any, *args: object) -> None:
     """Sends a task by the engine's own means."""
     engine: Any = options_of(native).engine
-    engine._native["queue"].enqueue(native, *args)
+    engine._options["queue"].enqueue(native, *args)
 
 
 def failure(declared: Any, receipt: Receipt) -> str:

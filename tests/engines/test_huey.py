@@ -78,7 +78,7 @@ async def test_options_are_those_of_huey(huey: Any) -> None:
     [waiting] = huey.pending()
     assert (waiting.retries, waiting.retry_delay, waiting.priority) == (3, 5, 7)
     assert waiting.expires_resolved is not None
-    assert engine._native == {}
+    assert engine._options == {}
 
 
 @pytest.mark.parametrize("option", ["context", "name"])

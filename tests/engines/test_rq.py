@@ -62,7 +62,7 @@ async def sent(engine: RQEngine, *args: Any, **kwargs: Any) -> Job:
     """Hands a task over and returns the job that RQ has then."""
     async with engine:
         receipt = await enqueue(declared(engine), *args, **kwargs)
-    queue: rq.Queue = engine._native["queue"]
+    queue: rq.Queue = engine._options["queue"]
     assert receipt.engine == "rq"
     job = queue.fetch_job(receipt.id)
     assert job

@@ -136,7 +136,7 @@ async def test_options_are_labels(broker: Broker) -> None:
     message = broker.formatter.loads(broker.sent[0].message)
     message.parse_labels()
     assert message.labels == {"timeout": 5, "queue": "big", "retry": True}
-    assert engine._native == {}
+    assert engine._options == {}
 
 
 @pytest.mark.parametrize("option", ["func", "task_name"])

@@ -303,13 +303,3 @@ class CallableEngine(Adapter):
         call = {"name": name, "args": args, "kwargs": kwargs, "headers": headers}
         body = self._serialised(name, lambda: self._serialize(call))
         return Message(name, body, headers)
-
-    async def submit(self, message: Message) -> Receipt:
-        """Sends a message.
-
-        Raises:
-            EngineError: If it cannot tell that the message has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._send, message)
-        return Receipt(self._name, "" if made is None else str(made))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, Self
 
-from postlude._options import dotted_name_of
+from postlude._options import Receipt, dotted_name_of
 
 from ._client import Client, NotSerialisable
 
@@ -56,6 +56,9 @@ class Adapter:
         ValueError: If a number is too small.
     """
 
+    # Sends what `prepare` has returned; returns what the engine knows it by.
+    _send: Callable[[Any], Any]
+
     def __init__(
         self,
         name: str,
@@ -76,7 +79,7 @@ class Adapter:
         self._headers = headers
         self._restore = restore
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._native: dict[str, Any] = {}
+        self._options: dict[str, Any] = {}
         # What the engine itself has made of the functions.
         self._tasks: dict[str, Any] = {}
 
@@ -88,7 +91,7 @@ class Adapter:
     def _with(self, native: dict[str, Any]) -> Self:
         """Returns the same engine with native options for what it is to be told of."""
         engine = copy.copy(self)
-        engine._native = {**self._native, **native}
+        engine._options = {**self._options, **native}
         return engine
 
     def register(self, func: Callable[..., Any], name: str) -> None:
@@ -121,6 +124,16 @@ class Adapter:
                 f"headers= must return a mapping of strings to strings, not {headers!r}"
             )
         return headers
+
+    async def submit(self, message: Any) -> Receipt:
+        """Sends what `prepare` has returned; each time as a task of its own.
+
+        Raises:
+            EngineError: If it cannot tell that it has been taken.
+            RuntimeError: If the engine is not open in this event loop.
+        """
+        made = await self._client.call(message.name, self._send, message)
+        return Receipt(self._name, "" if made is None else str(made))
 
     def _restored(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:
         """Returns what is entered around a function in the worker.

@@ -183,9 +183,9 @@ class Client:
                     result = await send(*args)
                 else:
                     result = await attempt.in_thread()
-                # Most return an id.
-                is_plain = type(result) is str or not isawaitable(result)
-                return result if is_plain else await result
+                if type(result) is str:  # as most
+                    return result
+                return await result if isawaitable(result) else result
             except EngineError:
                 raise
             # A SystemExit would end the event loop.
@@ -279,7 +279,7 @@ class _TimeLimit:
         self._timer.add(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
         self._timer.remove(self)
         if not self._cancels:
             return False

@@ -16,8 +16,6 @@ from celery.local import PromiseProxy
 from kombu.exceptions import OperationalError
 from starlette.background import BackgroundTask as StockTask
 
-from postlude._options import Receipt
-
 from ._adapter import Adapter, Headers, Restore, is_plain
 from ._client import is_timeout
 from ._worker_loop import run_async
@@ -171,7 +169,7 @@ class CeleryEngine(Adapter):
                 return func(*args, **kwargs)
 
         # Not shared: other Celery apps of this process are not to know it.
-        options = {"shared": False, **self._native, "name": name}
+        options = {"shared": False, "apply": _apply, **self._options, "name": name}
         sent_with = {
             option: options.pop(option) for option in options.keys() & _SENT_WITH
         }
@@ -216,24 +214,18 @@ class CeleryEngine(Adapter):
             NotSerialisable: If that fails.
             RuntimeError: If the engine is not open.
         """
-        kwargs = {_SELF if key == "self" else key: kwargs[key] for key in kwargs}
-        serializer = self._tasks[name].serializer or self._app.conf.task_serializer
+        if "self" in kwargs:
+            kwargs = {_SELF if key == "self" else key: kwargs[key] for key in kwargs}
+        native = self._tasks[name]
+        if type(native) is PromiseProxy:
+            native = self._tasks[name] = native._get_current_object()
+        serializer = native.serializer or self._app.conf.task_serializer
         if is_plain(args, kwargs) and serializer in ("json", "pickle"):
             self._client.check_open()
             return _Call(name, args, kwargs, None, dict(headers))
         dump = _serialization.dumps
         body = self._serialised(name, lambda: dump((args, kwargs), serializer))
         return _Call(name, (), {}, body, dict(headers))
-
-    async def submit(self, message: _Call) -> Receipt:
-        """Sends a call; each time as a Celery task of its own.
-
-        Raises:
-            EngineError: If it cannot tell that the message has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._send, message)
-        return Receipt(self._name, made)
 
     def _send(self, message: _Call) -> str:
         native = self._tasks[message.name]
@@ -242,16 +234,15 @@ class CeleryEngine(Adapter):
             content_type, encoding, payload = message.body
             load = _serialization.loads
             args, kwargs = load(payload, content_type, encoding, accept=[content_type])
-        headers: dict[str, Any] = {"postlude": message.headers}
-        options = {**self._sent_with[message.name], "headers": headers}
-        if not self._app.conf.task_always_eager:
-            # Nobody waits for the result in this thread. So Celery need not subscribe
-            # to it, for which it would try to reach a dead backend twenty times.
-            options["ignore_result"] = True
-            # For the worker.
-            headers["ignore_result"] = native.ignore_result
+        # What the worker is told, and Celery itself if it runs the task here.
+        headers: dict[str, Any] = {"ignore_result": native.ignore_result}
+        if message.headers:
+            headers["postlude"] = message.headers
+        # Nobody waits for the result in this thread. So Celery need not subscribe to
+        # it, for which it would try to reach a dead backend twenty times.
+        options = {**self._sent_with[message.name], "ignore_result": True}
         try:
-            made: str = native.apply_async(args, kwargs, **options).id
+            made: str = native.apply_async(args, kwargs, headers=headers, **options).id
         except OperationalError as exc:
             # Celery does not tell apart whether anything has been sent.
             if is_timeout(exc.__cause__):
@@ -268,3 +259,10 @@ def _sending_with(defaults: dict[str, Any]) -> Callable[..., Any]:
         return parent.apply_async(*args, **{**defaults, **options})
 
     return apply_async
+
+
+def _apply(task: object, /, *args: Any, **options: Any) -> Any:
+    """Runs a task here, and keeps its result as it has been declared."""
+    told: dict[str, Any] = options.get("headers") or {}
+    kept = {option: told[option] for option in told if option == "ignore_result"}
+    return cast("Any", super(type(task), task)).apply(*args, **options | kept)

@@ -35,7 +35,6 @@ from sqlalchemy.exc import (
 )
 from starlette.background import BackgroundTask as StockTask
 
-from postlude._options import Receipt
 from postlude.middleware import _limit
 
 from ._adapter import Adapter, Headers, Restore, is_plain
@@ -181,7 +180,7 @@ class DBOSEngine(Adapter):
             # SQLite's are about its file, which nothing is between.
             unreachable=() if is_sqlite else (OperationalError, InterfaceError),
         )
-        self._native = {"queue_name": queue}
+        self._options = {"queue_name": queue}
         settings: dict[str, Any] = {"name": "postlude", **(config or {})}
         if worker:
             settings.setdefault("application_version", "1")
@@ -234,7 +233,7 @@ class DBOSEngine(Adapter):
         Raises:
             TypeError: If it is not async, and has an option that is for async ones.
         """
-        native = self._native
+        native = self._options
         step = cast("StepOptions", {k: native[k] for k in native if k in _OF_A_STEP})
         is_async = StockTask(func).is_async
         wrong = sorted(_OF_ASYNC & step.keys())
@@ -281,18 +280,8 @@ class DBOSEngine(Adapter):
         body = self._serialised(name, lambda: self._serializer.serialize(call))
         return _Call(name, None, body, call[2])
 
-    async def submit(self, message: _Call) -> Receipt:
-        """Writes a call into the database; each time as a workflow of its own.
-
-        Raises:
-            EngineError: If it cannot tell that it has been written.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._send, message)
-        return Receipt(self._name, made)
-
     def _send(self, message: _Call) -> str:
-        native, process = self._native, self._process
+        native, process = self._options, self._process
         options: Any = {k: native[k] for k in native if k in _OF_A_CALL}
         options["workflow_name"] = message.name
         options.setdefault("app_version", process.config.get("application_version"))

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import Lock
 from typing import Any, NamedTuple, Self, cast
 
 import dramatiq
-from dramatiq.errors import ActorNotFound, ConnectionClosed, ConnectionFailed
+from dramatiq.errors import ConnectionClosed, ConnectionFailed
 from dramatiq.middleware import AsyncIO, CurrentMessage, Middleware
 from starlette.background import BackgroundTask as StockTask
 
-from postlude._options import Receipt, dotted_name_of
-
-from ._adapter import Adapter, Headers, Restore, is_plain
+from ._adapter import Adapter, Headers, Restore, connection_errors_of_redis, is_plain
 from ._client import EngineError
 
 __all__ = ["DramatiqEngine"]
@@ -110,23 +108,26 @@ class DramatiqEngine(Adapter):
     ) -> None:
         if not isinstance(broker, dramatiq.Broker):
             raise TypeError(f"broker must be a dramatiq.Broker, not {broker!r}")
-        rabbitmq = _imported("dramatiq.brokers.rabbitmq", "RabbitmqBroker")
-        is_rabbitmq = isinstance(broker, rabbitmq)
+        # What a broker uses has been imported.
+        rabbitmq: Any = sys.modules.get("dramatiq.brokers.rabbitmq")
+        is_rabbitmq = rabbitmq and isinstance(broker, rabbitmq.RabbitmqBroker)
         if is_rabbitmq and not cast("Any", broker).confirm_delivery:
             raise ValueError(
                 "a RabbitmqBroker needs confirm_delivery=True: without it, what is "
                 "sent into a broken connection is lost, and no error tells"
             )
-        redis_error = _imported("redis", "ConnectionError")
         super().__init__(
             "dramatiq",
             timeout=timeout,
             threads=threads,
             headers=headers,
             restore=restore,
-            unreachable=(ConnectionClosed, ConnectionFailed, redis_error),
+            unreachable=(
+                ConnectionClosed,
+                ConnectionFailed,
+                *connection_errors_of_redis(),
+            ),
         )
-        self._too_late = _imported("redis", "TimeoutError")
         # Its types are not complete.
         self._broker: Any = broker
         self._connections = _Connections(broker) if is_rabbitmq else None
@@ -154,12 +155,7 @@ class DramatiqEngine(Adapter):
         Raises:
             LookupError: If the function is not declared for this engine.
         """
-        try:
-            actor: dramatiq.Actor[..., Any]
-            actor = self._broker.get_actor(dotted_name_of(func))
-        except ActorNotFound:
-            message = f"{func!r} is not declared with task(engine=...) for this engine"
-            raise LookupError(message) from None
+        actor: dramatiq.Actor[..., Any] = self._task(func)
         return actor
 
     def register(self, func: Callable[..., Any], name: str) -> None:
@@ -175,9 +171,10 @@ class DramatiqEngine(Adapter):
             self._check_has(CurrentMessage, "restore=")
         # Dramatiq would refuse the newer one.
         self._broker.actors.pop(name, None)
-        options: dict[str, Any] = {"actor_class": _Actor, **self._native}
+        options: dict[str, Any] = {"actor_class": _Actor, **self._options}
         declare = dramatiq.actor(broker=self._broker, actor_name=name, **options)
-        declare(func if self._restore is None else self._restoring(func))
+        run = func if self._restore is None else self._restoring(func)
+        self._tasks[name] = declare(run)
         super().register(func, name)
 
     def _check_has(self, middleware: type[Middleware], what: str) -> None:
@@ -220,36 +217,24 @@ class DramatiqEngine(Adapter):
         if is_plain(args, kwargs) and type(dramatiq.get_encoder()) in _ENCODERS:
             self._client.check_open()
             return _Call(name, args, {**kwargs}, options, None)
-        actor = self._broker.get_actor(name)
+        actor = self._tasks[name]
         message = actor.message_with_options(args=args, kwargs=kwargs)
         return _Call(name, (), {}, options, self._serialised(name, message.encode))
-
-    async def submit(self, message: _Call) -> Receipt:
-        """Sends a call; each time as a message of its own.
-
-        Raises:
-            EngineError: If it cannot tell that the message has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._send, message)
-        return Receipt(self._name, made)
 
     def _send(self, call: _Call) -> str:
         args, kwargs = call.args, call.kwargs
         if call.body is not None:
             decoded = cast("Any", dramatiq.Message).decode(call.body)
             args, kwargs = decoded.args, decoded.kwargs
-        actor = self._broker.get_actor(call.name)
+        actor = self._tasks[call.name]
         # It gets an id and a time of its own, and options that middleware may change.
         message: dramatiq.Message[Any] = actor.message_with_options(
             args=args, kwargs={**kwargs}, **call.options
         )
-        connections = self._connections
-        try:
-            with connections.lent() if connections else nullcontext():
-                self._broker.enqueue(message)
-        except self._too_late as exc:
-            raise TimeoutError(str(exc)) from exc
+        if self._connections:
+            self._connections.lend(self._broker.enqueue, message)
+        else:
+            self._broker.enqueue(message)
         return message.message_id
 
     async def __aenter__(self) -> Self:
@@ -290,16 +275,15 @@ class _Connections:
             self._users += more
             return self._users
 
-    @contextmanager
-    def lent(self) -> Generator[None]:
-        """Lends this thread one, if there is one, and takes back what it has then."""
+    def lend(self, func: Callable[..., object], *args: object) -> None:
+        """Calls what may use one, if there is one; takes back what it has then."""
         here = cast("dict[str, Any]", vars(self._broker.state))
         before = {**here}
         here.clear()
         with suppress(IndexError):
             here.update(self._idle.pop())
         try:
-            yield
+            func(*args)
         finally:
             if here:
                 self._idle.append({**here})
@@ -309,16 +293,7 @@ class _Connections:
     def close(self) -> None:
         """Closes them."""
         while self._idle:
-            with self.lent():
-                del self._broker.connection
-
-
-def _imported(module: str, name: str) -> Any:
-    """Returns a class, or what no object is of if its module has not been imported.
-
-    What a broker uses has been.
-    """
-    return getattr(sys.modules.get(module), name, ())
+            self.lend(delattr, self._broker, "connection")
 
 
 def _headers() -> Mapping[str, str]:

@@ -16,8 +16,6 @@ from huey.serializer import Serializer
 from starlette.background import BackgroundTask as StockTask
 from typing_extensions import override
 
-from postlude._options import Receipt
-
 from ._adapter import Adapter, Headers, Restore, connection_errors_of_redis, is_plain
 from ._worker_loop import run_async
 
@@ -165,7 +163,7 @@ class HueyEngine(Adapter):
                     return run_async(func, *args, **kwargs)
                 return func(*args, **kwargs)
 
-        options = {**self._native, "name": func.__qualname__}
+        options = {**self._options, "name": func.__qualname__}
         self._tasks[name] = self._huey.task(**options)(run)
         known.add(name)
 
@@ -190,17 +188,7 @@ class HueyEngine(Adapter):
         body = self._serialised(name, lambda: serializer.serialize((args, sent)))
         return _Call(name, (), {}, body)
 
-    async def submit(self, message: _Call) -> Receipt:
-        """Sends a call; each time as a Huey task of its own.
-
-        Raises:
-            EngineError: If it cannot tell that the message has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._enqueue, message)
-        return Receipt(self._name, made)
-
-    def _enqueue(self, call: _Call) -> str:
+    def _send(self, call: _Call) -> str:
         args, kwargs = call.args, {**call.kwargs}
         if call.body is not None:
             args, kwargs = self._huey.serializer.deserialize(call.body)

@@ -12,10 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import rq
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.job import Job
-
-from postlude._options import Receipt
 
 from ._adapter import Adapter, Headers
 
@@ -88,7 +85,7 @@ class RQEngine(Adapter):
             headers=headers,
             unreachable=(RedisConnectionError,),
         )
-        self._native = {"queue": queue}
+        self._options = {"queue": queue}
 
     def options(self, **native: Any) -> Self:
         """Returns the same engine, with options for what is declared with it.
@@ -112,7 +109,7 @@ class RQEngine(Adapter):
                 known = ", ".join(sorted(_OPTIONS - _OF_A_CALL))
                 raise TypeError(f"{option}= is no option of RQ; there are {known}")
         engine = self._with(native)
-        _check_queue(engine._native["queue"])
+        _check_queue(engine._options["queue"])
         try:
             engine._job("options", (), {}, {})
         except AttributeError as exc:
@@ -156,16 +153,6 @@ class RQEngine(Adapter):
 
         return _Call(name, self._serialised(name, dump))
 
-    async def submit(self, message: _Call) -> Receipt:
-        """Adds a job to the queue; each time with an id of its own.
-
-        Raises:
-            EngineError: If it cannot tell that the job has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        job = await self._client.call(message.name, self._enqueue, message.job)
-        return Receipt(self._name, job.id)
-
     def _job(
         self,
         name: str,
@@ -173,7 +160,7 @@ class RQEngine(Adapter):
         kwargs: dict[str, Any],
         headers: Mapping[str, str],
     ) -> Job:
-        native: dict[str, Any] = {**self._native}
+        native: dict[str, Any] = {**self._options}
         queue: Any = native.pop("queue")
         native.pop("at_front", None)
         if headers:
@@ -184,14 +171,12 @@ class RQEngine(Adapter):
         job: Job = queue.create_job(name, args, kwargs, **native)
         return job
 
-    def _enqueue(self, prepared: Job) -> Job:
+    def _send(self, call: _Call) -> str:
         # What has no id yet makes one.
-        job, queue = copy.copy(prepared), self._native["queue"]
-        try:
-            queue.enqueue_job(job, at_front=bool(self._native.get("at_front")))
-        except RedisTimeoutError as exc:
-            raise TimeoutError(str(exc)) from exc
-        return job
+        job, queue = copy.copy(call.job), self._options["queue"]
+        queue.enqueue_job(job, at_front=bool(self._options.get("at_front")))
+        made: str = job.id
+        return made
 
 
 def _check_queue(queue: Any) -> None:

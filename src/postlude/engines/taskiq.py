@@ -33,8 +33,6 @@ from taskiq.serializers import JSONSerializer
 from taskiq.utils import maybe_awaitable
 from typing_extensions import override
 
-from postlude._options import Receipt
-
 from ._adapter import Adapter, Headers, Restore, connection_errors_of_redis, is_plain
 from ._client import BrokerUnreachable, is_timeout
 
@@ -194,7 +192,7 @@ class TaskiqEngine(Adapter):
         run: Any = run_async if StockTask(func).is_async else run_here
         if self._restore is not None:
             run.__signature__ = _with_headers(inspect.signature(func, eval_str=True))
-        self._tasks[name] = self._broker.register_task(run, name, **self._native)
+        self._tasks[name] = self._broker.register_task(run, name, **self._options)
 
     def prepare(
         self,
@@ -235,17 +233,7 @@ class TaskiqEngine(Adapter):
         body = self._serialised(name, lambda: formatter.dumps(make()).message)
         return _Call(name, functools.partial(formatter.loads, body))
 
-    async def submit(self, message: _Call) -> Receipt:
-        """Sends a call; each time as a Taskiq task of its own.
-
-        Raises:
-            EngineError: If it cannot tell that the message has been taken.
-            RuntimeError: If the engine is not open in this event loop.
-        """
-        made = await self._client.call(message.name, self._kick_at_home, message)
-        return Receipt(self._name, made)
-
-    async def _kick_at_home(self, call: _Call) -> str:
+    async def _send(self, call: _Call) -> str:
         loop = self._home.loop
         if loop is asyncio.get_running_loop():
             return await self._kick(call)

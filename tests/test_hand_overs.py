@@ -268,6 +268,61 @@ async def test_the_outcome_of_an_async_call_that_takes_too_long_is_unknown(
             await enqueue(declared(engine))
 
 
+@pytest.mark.anyio
+async def test_an_async_call_that_goes_on_when_it_is_cancelled_is_cancelled_again() -> (
+    None
+):
+    async def send(message: Message) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep_forever()
+
+    async with shape(send=send, timeout=0.01) as engine:
+        with anyio.fail_after(10), pytest.raises(OutcomeUnknown):
+            await enqueue(declared(engine))
+
+
+@pytest.mark.anyio
+async def test_the_callers_own_cancellation_is_not_taken_for_the_time_limit() -> None:
+    scope = anyio.CancelScope()
+
+    async def send(message: Message) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            scope.cancel()
+            await anyio.sleep_forever()
+
+    async with shape(send=send, timeout=0.01) as engine:
+        with scope:
+            await enqueue(declared(engine))
+    assert scope.cancelled_caught
+
+
+@pytest.mark.anyio
+async def test_each_async_call_has_its_own_time() -> None:
+    took: list[float] = []
+
+    async def send(message: Message) -> None:
+        await anyio.sleep_forever()
+
+    async def fail() -> None:
+        began = anyio.current_time()
+        with pytest.raises(OutcomeUnknown):
+            await enqueue(func)
+        took.append(anyio.current_time() - began)
+
+    async with shape(send=send, timeout=0.1) as engine:
+        func = declared(engine)
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                group.start_soon(fail)
+                await anyio.sleep(0.05)
+                group.start_soon(fail)
+    assert min(took) > 0.09
+
+
 class Blocking:
     """A client that blocks, and the threads that it holds."""
 

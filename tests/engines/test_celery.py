@@ -131,6 +131,23 @@ def test_the_newest_function_of_a_name_runs(
     assert done == ["new", "new"]
 
 
+async def test_a_task_that_runs_where_it_is_handed_over_keeps_its_result(
+    app: celery.Celery, tmp_path: Path
+) -> None:
+    app.conf.task_always_eager = False
+    app.conf.update(task_store_eager_result=True, result_backend=f"file://{tmp_path}")
+    engine = CeleryEngine(app)
+    kept = declared(engine, lambda: 42, "kept")
+    ignored = declared(engine.options(ignore_result=True), lambda: 42, "ignored")
+    async with engine:
+        # The engine does not ask only once.
+        app.conf.task_always_eager = True
+        receipts = [await enqueue(kept), await enqueue(ignored)]
+    states = [app.backend.get_task_meta(receipt.id)["status"] for receipt in receipts]
+    assert states == ["SUCCESS", "PENDING"]
+    assert engine.native(kept).apply().state == "SUCCESS"
+
+
 async def published(app: celery.Celery, send: Callable[[], Any]) -> dict[str, Any]:
     """Returns what Kombu has published by a function."""
     app.conf.task_always_eager = False

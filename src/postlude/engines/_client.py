@@ -65,8 +65,9 @@ class OutcomeUnknown(EngineError, TimeoutError):
 class Client:
     """Calls what hands tasks over to an engine, as every adapter has to.
 
-    A call that takes too long is given up. If it blocks, its thread goes on and keeps
-    its place until it ends, so that a dead broker cannot fill the process with threads.
+    A call that takes too long is given up. If it is async, it is cancelled, and once
+    more if it goes on for as long again. If it blocks, its thread goes on and keeps its
+    place until it ends, so that a dead broker cannot fill the process with threads.
     Once all places are held like that, calls fail at once. As the exit of the process
     waits for such threads, what is called should have a time limit of its own, too.
 
@@ -321,14 +322,16 @@ class _Timer:
         self._handle = self._loop.call_at(deadline, self._check, context=Context())
 
     def _check(self) -> None:
-        self._handle = None
+        now = self._loop.time()
         for limit, deadline in [*self._deadlines.items()]:
-            if deadline > self._loop.time():
+            if deadline > now:
                 break
             limit.cancel()
-            self.remove(limit)
-            self.add(limit)
-        if self._deadlines and self._handle is None:
+            # Once more, should it go on.
+            del self._deadlines[limit]
+            self._deadlines[limit] = now + self._timeout
+        self._handle = None
+        if self._deadlines:
             self._start()
 
 

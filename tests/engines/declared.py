@@ -97,13 +97,16 @@ def collide(  # noqa: PLR0917
     cls: object,
     **others: object,
 ) -> None:
-    note(key, *others.values(), **{k: v for k, v in locals().items() if k in COLLIDING})
+    given = {**locals(), **others}
+    note(key, **{name: given[name] for name in COLLIDING})
 
 
 COLLIDING = [
     *("id", "timeout", "priority", "delay", "retries", "queue", "countdown", "args"),
     *("kwargs", "func", "job_id", "description", "name", "task", "self"),
-    *("queue_name", "cls"),
+    *("queue_name", "cls", "broker", "context", "data", "eta", "expires", "headers"),
+    *("labels", "message", "on_complete", "on_error", "retry_delay", "target"),
+    *("task_id", "task_name"),
 ]
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import anyio
@@ -48,6 +49,16 @@ def function(setup: Setup, name: str, why: str = "runs no async functions") -> A
     if not hasattr(setup.declared, name):
         pytest.skip(f"{setup.library} {why}")
     return getattr(setup.declared, name)
+
+
+def test_a_function_stays_what_it_is(setup: Setup, key: str) -> None:
+    record = setup.declared.record
+    assert type(record) is FunctionType
+    assert (record.__name__, record.__qualname__) == ("record", "record")
+    assert vars(record).keys() == {"__postlude_options__"}
+    assert setup.declared.engine.functions["engines.declared.record"] is record
+    record(key)
+    assert [entry["process"] for entry in setup.records(key)] == [os.getpid()]
 
 
 # --- handed over ---------------------------------------------------------------------
@@ -119,36 +130,30 @@ async def test_enqueue_hands_over_before_the_response_and_add_task_after_it(
     assert sorted(entry["args"] for entry in recorded(2)) == [["after"], ["before"]]
 
 
-async def test_what_changes_after_a_task_was_added_is_not_sent(
+async def test_what_was_added_is_sent_each_time_as_a_task_of_its_own(
     setup: Setup, worker: Worker, key: str, recorded: Recorded
 ) -> None:
-    items = {"x": [1]}
+    items, receipts = {"x": [1]}, list[Receipt | None]()
     async with setup.declared.engine:
         task = BackgroundTask(setup.declared.record, key, items)
         items["x"].append(2)
-        await task()
-    [entry] = recorded()
-    assert entry["args"] == [{"x": [1]}]
-
-
-async def test_a_message_that_is_sent_twice_is_two_tasks(
-    setup: Setup, worker: Worker, key: str, recorded: Recorded
-) -> None:
-    engine = setup.declared.engine
-    async with engine:
-        name = "engines.declared.record"
-        message = engine.prepare(name, (key, [1]), {}, setup.declared.headers())
-        receipts = [await engine.submit(message) for _ in range(2)]
-    assert receipts[0].id != receipts[1].id
-    assert [entry["args"] for entry in recorded(2)] == [[[1]], [[1]]]
+        for _ in range(2):
+            await task()
+            receipts.append(task.receipt)
+    assert receipts[0] != receipts[1]
+    assert [entry["args"] for entry in recorded(2)] == [[{"x": [1]}]] * 2
 
 
 async def test_the_means_of_the_engine_itself_work(
     setup: Setup, worker: Worker, key: str, recorded: Recorded
 ) -> None:
     engine, record = setup.declared.engine, setup.declared.record
+    native = record
     # RQ takes the function itself.
-    native = engine.native(record) if hasattr(engine, "native") else record
+    if hasattr(engine, "native"):
+        native = engine.native(record)
+        with pytest.raises(LookupError, match="is not declared with task"):
+            engine.native(setup.declared.note)
     async with engine:
         await anyio.to_thread.run_sync(setup.on.send, native, key, 1)
     [entry] = recorded()

@@ -33,7 +33,7 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
 from servers import Server, start, wait_until
 
 from engines.brokers import at, closed_port, url_of
-from postlude import BackgroundTask, task
+from postlude import task
 from postlude.engines import (
     BrokerUnreachable,
     NotSerialisable,
@@ -468,29 +468,6 @@ async def test_a_function_gets_what_it_was_given_on_any_event_loop(
 
 
 @pytest.mark.anyio
-async def test_what_was_prepared_is_what_is_sent_each_time_anew(url: str) -> None:
-    ran: Record = []
-    engine = DBOSEngine(url)
-
-    def record(photo: dict[str, int]) -> None:
-        ran.append(photo)
-
-    func = declared(engine, record)
-    photo = {"width": 64}
-    async with engine:
-        background = BackgroundTask(func, photo)
-        photo["width"] = 1024
-        await background()
-        first = background.receipt
-        await background()
-        await wait_for(lambda: len(ran) == 2)
-    assert ran == [{"width": 64}] * 2
-    assert first
-    assert background.receipt
-    assert first.id != background.receipt.id
-
-
-@pytest.mark.anyio
 async def test_options_are_those_of_dbos(url: str) -> None:
     tries: Record = []
     ran: Record = []
@@ -831,11 +808,6 @@ async def test_an_application_may_launch_dbos_itself(url: str) -> None:
     await anyio.to_thread.run_sync(start_workflow)
     assert ran == ["me", "me"]
     await anyio.to_thread.run_sync(DBOS.destroy)
-
-
-def test_what_is_not_declared_has_no_workflow(url: str) -> None:
-    with pytest.raises(LookupError, match="is not declared with task"):
-        DBOSEngine(url).native(len)
 
 
 @pytest.mark.anyio

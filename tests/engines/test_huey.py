@@ -1,7 +1,6 @@
 """What is particular to Huey."""
 
 import sqlite3
-import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,14 +9,11 @@ from typing import Any
 
 import anyio.lowlevel
 import pytest
-from huey import Huey, MemoryHuey, RedisHuey, SqliteHuey
-from huey.api import TaskWrapper
+from huey import Huey, MemoryHuey, SqliteHuey
 
-from postlude import BackgroundTask, task
+from postlude import task
 from postlude.engines import (
     BrokerUnreachable,
-    NotSerialisable,
-    Refused,
     enqueue,
     enqueue_sync,
 )
@@ -54,21 +50,6 @@ def consume(huey: Any) -> Any:
 # --- declared ------------------------------------------------------------------------
 
 
-def test_a_function_stays_what_it_is(huey: Any) -> None:
-    engine = HueyEngine(huey)
-
-    def resize(photo: int) -> int:
-        return 2 * photo
-
-    before = {**vars(resize)}
-    assert declared(engine, resize) is resize
-    assert (resize.__name__, resize.__qualname__) == ("resize", "resize")
-    assert vars(resize).keys() - before.keys() == {"__postlude_options__"}
-    assert resize(21) == 42
-    assert isinstance(engine.native(resize), TaskWrapper)
-    assert engine.functions == {f"{__name__}.resize": resize}
-
-
 @pytest.mark.anyio
 async def test_options_are_those_of_huey(huey: Any) -> None:
     engine = HueyEngine(huey)
@@ -93,13 +74,6 @@ def test_options_that_would_break_the_function_are_refused(
 def test_what_is_no_huey_is_refused(huey: Any) -> None:
     with pytest.raises(TypeError, match=r"huey must be a huey\.Huey, not "):
         HueyEngine(huey)
-
-
-def test_only_what_is_declared_has_a_native_task(huey: Any) -> None:
-    with pytest.raises(
-        LookupError, match=r"is not declared with task\(engine=\.\.\.\)"
-    ):
-        HueyEngine(huey).native(print)
 
 
 @pytest.mark.anyio
@@ -132,51 +106,6 @@ def test_a_task_of_the_application_is_not_replaced(huey: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_keywords_may_have_any_name(huey: Any) -> None:
-    engine = HueyEngine(huey)
-    names = (
-        "self cls args kwargs id task task_id name context timeout priority delay eta "
-        "expires retries retry_delay on_complete on_error queue headers data func"
-    )
-    kwargs = dict.fromkeys(names.split(), 7)
-    func = returning(engine)
-    async with engine:
-        await enqueue(func, 1, **kwargs)
-    assert consume(huey) == [(1,), kwargs]
-
-
-@pytest.mark.anyio
-async def test_what_huey_cannot_write_is_refused_when_it_is_added(huey: Any) -> None:
-    engine = HueyEngine(huey)
-    func = returning(engine)
-    async with engine:
-        with pytest.raises(NotSerialisable, match="huey cannot be sent a call of "):
-            BackgroundTask(func, threading.Lock())
-        with pytest.raises(NotSerialisable):
-            await enqueue(func, photo=lambda: None)
-    assert len(huey) == 0
-
-
-@pytest.mark.anyio
-async def test_each_time_that_it_is_sent_it_is_a_task_of_its_own(huey: Any) -> None:
-    engine = HueyEngine(huey)
-    func = returning(engine)
-    ids: list[str] = []
-    async with engine:
-        photos = [1]
-        task = BackgroundTask(func, photos)
-        photos.append(2)
-        for _ in range(2):
-            await task()
-            assert task.receipt is not None
-            assert task.receipt.engine == "huey"
-            ids.append(task.receipt.id)
-    assert [waiting.id for waiting in huey.pending()] == ids
-    assert len({*ids}) == 2
-    assert [consume(huey) for _ in ids] == [[([1],), {}]] * 2
-
-
-@pytest.mark.anyio
 async def test_the_signals_of_huey_are_sent_and_immediate_mode_runs_at_once() -> None:
     huey: Any = MemoryHuey(immediate=True)
     seen: list[str] = []
@@ -191,16 +120,6 @@ async def test_the_signals_of_huey_are_sent_and_immediate_mode_runs_at_once() ->
         receipt = await enqueue(func, 42)
     assert huey.result(receipt.id) == [(42,), {}]
     assert seen == ["enqueued", "executing", "complete"]
-
-
-def test_a_script_and_several_lifespans_may_use_it(huey: Any) -> None:
-    engine = HueyEngine(huey)
-    func = returning(engine)
-    for number in range(2):
-        enqueue_sync(func, number)
-    with pytest.raises(RuntimeError, match="'huey' is not open"):
-        BackgroundTask(func)
-    assert [consume(huey) for _ in range(2)] == [[(0,), {}], [(1,), {}]]
 
 
 # --- run -----------------------------------------------------------------------------
@@ -281,26 +200,3 @@ async def test_a_database_that_cannot_be_opened_is_out_of_reach(tmp_path: Path) 
         await enqueue(func)
     assert len(huey) == 1
     huey.storage.close()
-
-
-@pytest.mark.anyio
-async def test_a_redis_that_refuses_is_out_of_reach() -> None:
-    engine = HueyEngine(RedisHuey(url="redis://127.0.0.1:1"))
-    func = returning(engine)
-    async with engine:
-        with pytest.raises(BrokerUnreachable, match="huey is out of reach for "):
-            await enqueue(func)
-
-
-@pytest.mark.anyio
-async def test_whatever_else_goes_wrong_is_a_refusal(huey: Any) -> None:
-    engine = HueyEngine(huey)
-    func = returning(engine)
-
-    def broken(*_: object) -> None:
-        raise LookupError("no")
-
-    huey.storage.enqueue = broken
-    async with engine:
-        with pytest.raises(Refused, match=r"huey did not take .*: LookupError: no"):
-            await enqueue(func)

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 import redis
 import rq
@@ -20,10 +19,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from engines import on_rq
-from engines.brokers import closed_port, stoppable, url_of
+from engines.brokers import stoppable, url_of
 from postlude import BackgroundTask, task
 from postlude.engines import (
-    BrokerUnreachable,
     NotSerialisable,
     OutcomeUnknown,
     Receipt,
@@ -112,23 +110,6 @@ async def test_the_serializer_of_the_queue_is_used(queue: rq.Queue) -> None:
             BackgroundTask(declared(engine), lambda: None)
 
 
-async def test_what_was_prepared_is_sent_each_time_as_a_job_of_its_own(
-    queue: rq.Queue,
-) -> None:
-    headers = {"request-id": "7"}
-    photos = [1]
-    async with RQEngine(queue, headers=lambda: headers) as engine:
-        job = BackgroundTask(declared(engine), photos)
-        photos.append(2)
-        headers["request-id"] = "8"
-        await job()
-        await job()
-    jobs = queue.jobs
-    assert len({job.id for job in jobs}) == 2
-    assert [job.args for job in jobs] == [([1],)] * 2
-    assert [job.meta for job in jobs] == [{"postlude": {"request-id": "7"}}] * 2
-
-
 async def test_headers_stand_beside_what_else_a_job_has_as_meta(
     queue: rq.Queue,
 ) -> None:
@@ -206,21 +187,6 @@ async def test_rq_is_sent_a_class_method_without_its_class(queue: rq.Queue) -> N
         assert job
         assert job.func
         job.func(*job.args)
-
-
-def test_an_engine_works_in_one_event_loop_after_another(queue: rq.Queue) -> None:
-    engine = RQEngine(queue)
-    for _ in range(2):
-        anyio.run(sent, engine)
-    assert len(queue) == 2
-
-
-async def test_a_redis_that_is_not_there_is_told() -> None:
-    with closed_port() as port:
-        connection = redis.Redis(port=port, retry=NO_RETRY)
-        async with RQEngine(rq.Queue(connection=connection), timeout=30) as engine:
-            with pytest.raises(BrokerUnreachable, match=f"out of reach for {UPLOAD}: "):
-                await enqueue(declared(engine))
 
 
 async def test_a_redis_that_does_not_answer_in_time_may_have_the_job(
@@ -325,17 +291,6 @@ async def test_a_job_class_of_the_worker_restores_headers(
         await enqueue(task(engine=engine)(func), str(tmp_path / "told"))
     work(queue, tmp_path, "--job-class", "worked.RestoringJob")
     assert (tmp_path / "told").read_text() == told
-
-
-async def test_a_job_that_the_worker_does_not_know_is_among_the_failed(
-    queue: rq.Queue, tmp_path: Path
-) -> None:
-    job = await sent(RQEngine(queue))
-    work(queue, tmp_path)
-    assert queue.failed_job_registry.get_job_ids() == [job.id]
-    result = job.latest_result()
-    assert result
-    assert f"Invalid attribute name: {UPLOAD}" in str(result.exc_string)
 
 
 @pytest.mark.parametrize("times", [0, 1])

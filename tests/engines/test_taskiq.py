@@ -23,7 +23,6 @@ from loops import BACKENDS, Backend
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.trace import TracerProvider
 from taskiq import (
-    AsyncTaskiqDecoratedTask,
     BrokerMessage,
     Context,
     InMemoryBroker,
@@ -40,7 +39,6 @@ from engines.brokers import stoppable
 from postlude import BackgroundTask, task
 from postlude.engines import (
     BrokerUnreachable,
-    NotSerialisable,
     OutcomeUnknown,
     Refused,
     enqueue,
@@ -110,23 +108,6 @@ def returning(engine: Any) -> Callable[..., Any]:
 # --- declared ------------------------------------------------------------------------
 
 
-def test_a_function_stays_what_it_is(broker: Broker) -> None:
-    engine = TaskiqEngine(broker)
-
-    def resize(photo: int) -> int:
-        return 2 * photo
-
-    before = {**vars(resize)}
-    assert declared(engine, resize) is resize
-    assert (resize.__name__, resize.__qualname__) == ("resize", "resize")
-    assert vars(resize).keys() - before.keys() == {"__postlude_options__"}
-    assert resize(21) == 42
-    native = engine.native(resize)
-    assert isinstance(native, AsyncTaskiqDecoratedTask)
-    assert broker.find_task(f"{__name__}.resize") is native
-    assert engine.functions == {f"{__name__}.resize": resize}
-
-
 @pytest.mark.anyio
 async def test_options_are_labels(broker: Broker) -> None:
     engine = TaskiqEngine(broker)
@@ -151,13 +132,6 @@ def test_options_by_which_a_worker_would_not_find_it_are_refused(
 def test_what_is_no_broker_is_refused(broker: Any) -> None:
     with pytest.raises(TypeError, match=r"broker must be a taskiq\.AsyncBroker, not "):
         TaskiqEngine(broker)
-
-
-def test_only_what_is_declared_has_a_native_task(broker: Broker) -> None:
-    with pytest.raises(
-        LookupError, match=r"is not declared with task\(engine=\.\.\.\)"
-    ):
-        TaskiqEngine(broker).native(print)
 
 
 @pytest.mark.anyio
@@ -210,22 +184,6 @@ async def test_what_a_function_depends_on_taskiq_gives_it(
 # --- sent ----------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
-async def test_keywords_may_have_any_name(broker: Broker) -> None:
-    engine = TaskiqEngine(broker)
-    names = (
-        "self cls args kwargs task_id task_name labels timeout priority delay retries "
-        "queue queue_name message context broker target"
-    )
-    kwargs = dict.fromkeys(names.split(), 7)
-    func = returning(engine)
-    async with engine:
-        receipt = await enqueue(func, 1, **kwargs)
-        assert await broker.result(receipt.id) == [(1,), kwargs]
-        receipt = await enqueue(functools.partial(func, func=1))
-        assert await broker.result(receipt.id) == [(), {"func": 1}]
-
-
 class Photo(pydantic.BaseModel):
     id: int
 
@@ -264,40 +222,6 @@ async def test_a_generator_arrives_as_a_list(broker: Broker) -> None:
     async with engine:
         receipt = await enqueue(func, (i for i in range(2)))
         assert await broker.result(receipt.id) == [([0, 1],), {}]
-
-
-@pytest.mark.anyio
-async def test_what_taskiq_cannot_write_is_refused_when_it_is_added(
-    broker: Broker,
-) -> None:
-    engine = TaskiqEngine(broker)
-    func = returning(engine)
-    async with engine:
-        with pytest.raises(NotSerialisable, match="taskiq cannot be sent a call of "):
-            BackgroundTask(func, threading.Lock())
-        with pytest.raises(NotSerialisable):
-            await enqueue(func, photo=object())
-    assert broker.sent == []
-
-
-@pytest.mark.anyio
-async def test_each_time_that_it_is_sent_it_is_a_task_of_its_own(
-    broker: Broker,
-) -> None:
-    engine = TaskiqEngine(broker)
-    func = returning(engine)
-    ids: set[str] = set()
-    async with engine:
-        photos = [1]
-        task = BackgroundTask(func, photos)
-        photos.append(2)
-        for _ in range(2):
-            await task()
-            assert task.receipt is not None
-            assert task.receipt.engine == "taskiq"
-            ids.add(task.receipt.id)
-            assert await broker.result(task.receipt.id) == [([1],), {}]
-    assert len(ids) == 2
 
 
 @pytest.mark.anyio

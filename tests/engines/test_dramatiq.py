@@ -22,12 +22,7 @@ from redis.retry import Retry
 
 from engines.brokers import address, at, url_of
 from postlude import BackgroundTask, task
-from postlude.engines import (
-    NotSerialisable,
-    OutcomeUnknown,
-    Receipt,
-    enqueue,
-)
+from postlude.engines import NotSerialisable, OutcomeUnknown, Receipt, enqueue
 from postlude.engines.dramatiq import DramatiqEngine
 
 pytestmark = pytest.mark.anyio

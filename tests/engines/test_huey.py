@@ -10,13 +10,10 @@ from typing import Any
 import anyio.lowlevel
 import pytest
 from huey import Huey, MemoryHuey, SqliteHuey
+from huey.api import Task
 
 from postlude import task
-from postlude.engines import (
-    BrokerUnreachable,
-    enqueue,
-    enqueue_sync,
-)
+from postlude.engines import BrokerUnreachable, enqueue, enqueue_sync
 from postlude.engines.huey import HueyEngine
 
 request_id: ContextVar[str] = ContextVar("request_id", default="none")
@@ -68,6 +65,19 @@ def test_options_that_would_break_the_function_are_refused(
 ) -> None:
     with pytest.raises(TypeError, match=f"^{option}= is not for postlude: the "):
         HueyEngine(huey).options(**{option: True})
+
+
+def test_an_option_that_huey_does_not_have_is_refused(huey: Any) -> None:
+    tagged = type("Tagged", (Task,), {"tag": "none"})
+    engine = HueyEngine(huey)
+    with pytest.raises(TypeError, match=r"retrys= is no option .* retry_delay, task_b"):
+        engine.options(retrys=3)
+    with pytest.raises(
+        TypeError, match=r"tag= .* write task_base=\.\.\., a class that"
+    ):
+        engine.options(tag="big")
+    func = returning(engine.options(task_base=tagged).options(tag="big"))
+    assert engine.native(func).task_class.tag == "big"
 
 
 @pytest.mark.parametrize("huey", [None, "tasks.db", Huey])

@@ -21,12 +21,7 @@ from rq.serializers import JSONSerializer
 from engines import on_rq
 from engines.brokers import stoppable, url_of
 from postlude import BackgroundTask, task
-from postlude.engines import (
-    NotSerialisable,
-    OutcomeUnknown,
-    Receipt,
-    enqueue,
-)
+from postlude.engines import NotSerialisable, OutcomeUnknown, Receipt, enqueue
 from postlude.engines.rq import RQEngine
 
 pytestmark = pytest.mark.anyio

@@ -6,6 +6,7 @@ Needs `huey`: `pip install 'postlude[huey]'`.
 from __future__ import annotations
 
 import functools
+import inspect
 import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
@@ -123,15 +124,28 @@ class HueyEngine(Adapter):
 
         Args:
             **native: What `huey.Huey.task` takes: `retries`, `retry_delay`, `priority`,
-                `expires`, `timeout` and others.
+                `expires`, `timeout` and others; and attributes that its `task_base`
+                has.
 
         Raises:
-            TypeError: If the function would not stay what it is.
+            TypeError: If Huey has no such option, or if the function would not stay
+                what it is.
         """
+        engine = self._with(native)
+        wrapper = self._huey.task_wrapper_class
+        base = engine._options.get("task_base", wrapper.task_base)
+        known = {*inspect.signature(self._huey.task).parameters, "task_base"}
         for option in native:
             if option in _REFUSED:
                 raise TypeError(f"{option}= is not for postlude: {_REFUSED[option]}")
-        return self._with(native)
+            # Huey would make an attribute of it.
+            if option not in known and not hasattr(base, option):
+                told = ", ".join(sorted(known - {*_REFUSED, "kwargs"}))
+                raise TypeError(
+                    f"{option}= is no option of Huey; there are {told}; for an "
+                    "attribute of your own, write task_base=..., a class that has it"
+                )
+        return engine
 
     def native(self, func: Callable[..., Any]) -> Any:
         """Returns the Huey task of a function, for `schedule()`, `s()`, `revoke()`.

@@ -65,9 +65,10 @@ class OutcomeUnknown(EngineError, TimeoutError):
 class Client:
     """Calls what hands tasks over to an engine, as every adapter has to.
 
-    A call that takes too long is given up. If it is async, it is cancelled, and once
-    more if it goes on for as long again. If it blocks, its thread goes on and keeps its
-    place until it ends, so that a dead broker cannot fill the process with threads.
+    A call that takes too long is given up. If it is async, it is cancelled, and again
+    each time that it has gone on for as long. If it blocks, its thread goes on and
+    keeps its place until it ends, so that a dead broker cannot fill the process with
+    threads.
     Once all places are held like that, calls fail at once. As the exit of the process
     waits for such threads, what is called should have a time limit of its own, too.
 
@@ -295,8 +296,8 @@ class _Timer:
 
     Args:
         loop: The event loop.
-        timeout: How long it may take, in seconds; as much again for what it does when
-            it is cancelled, then it is cancelled again.
+        timeout: How long it may take, in seconds. What goes on all the same is
+            cancelled again each time that so much has passed.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:

@@ -32,8 +32,8 @@ _FOREIGN = {
     ("procrastinate.tasks", "Task"): "task.defer_async, ...",
     ("taskiq.decor", "AsyncTaskiqDecoratedTask"): "task.kiq, ...",
 }
-# Callables that are certainly of none of these, to tell most of them at once.
-_OWN = (MethodType, functools.partial)
+# Callables that hold another one, and are certainly of none of these.
+_HOLDING = (MethodType, functools.partial)
 
 
 class Receipt(NamedTuple):
@@ -388,7 +388,7 @@ def check_foreign(func: Any) -> None:
             getattr(delay, "__globals__", {}).get("__name__") == "rq.decorators"
         ):
             raise _foreign(func, "rq", "task.delay, ...")
-    elif type(func) not in _OWN:
+    elif type(func) not in _HOLDING:
         for (module, name), spelling in _FOREIGN.items():
             # Without its module there is no object of the class.
             kind = getattr(sys.modules.get(module), name, None)
@@ -424,15 +424,13 @@ def handing_over(
         )
     engine = cast("Engine", options.engine)
     function: Any = func
-    while type(function) is not FunctionType:
+    while isinstance(function, _HOLDING):
         if isinstance(function, functools.partial):
             args, kwargs = function.args + args, function.keywords | kwargs
             function = function.func
-        elif isinstance(function, MethodType):
+        else:
             args = (function.__self__, *args)
             function = function.__func__
-        else:
-            break
     headers = getattr(engine, "headers", None)
     message = engine.prepare(name, args, kwargs, headers() if headers else {})
     return functools.partial(engine.submit, message)

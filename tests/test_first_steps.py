@@ -11,19 +11,25 @@ from loops import only_asyncio
 from places import alive
 from starlette.types import Message, Receive, Scope, Send
 
-from postlude import BackgroundTasks, BackgroundTasksMiddleware
+import postlude
+from postlude import BackgroundTask, BackgroundTasks, BackgroundTasksMiddleware
 from postlude._supervisor import _Ahead
+from postlude._tasks import home
 
 pytestmark = [pytest.mark.anyio, only_asyncio]
 
-Serve = Callable[
-    [Callable[[], Awaitable[object]]], Coroutine[Any, Any, BackgroundTasks]
-]
+Serve = Callable[..., Coroutine[Any, Any, BackgroundTask]]
+
+
+def group(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
+    tasks = BackgroundTasks()
+    tasks.add_task(func)
+    return tasks
 
 
 @asynccontextmanager
 async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
-    """Lets requests run one task each, and ends when they and it have."""
+    """Lets requests run one task each, in a group or not, and ends when they have."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -39,9 +45,11 @@ async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
 
     async def send(message: Message) -> None: ...
 
-    async def serve(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
-        tasks = BackgroundTasks()
-        tasks.add_task(func)
+    async def serve(
+        func: Callable[[], Awaitable[object]],
+        kind: Callable[..., BackgroundTask] = group,
+    ) -> BackgroundTask:
+        tasks = kind(func)
         scope = {"type": "http", "method": "GET", "path": "/", "tasks": tasks}
         await wrapped(scope, receive, send)
         return tasks
@@ -137,14 +145,40 @@ async def test_what_is_awaited_wrongly_fails_alone() -> None:
     assert "bad yield" in str(tasks.exception)
 
 
-async def test_ctrl_c_in_the_first_step_leaves_at_once() -> None:
+@pytest.mark.parametrize("kind", [group, BackgroundTask])
+async def test_ctrl_c_in_the_first_step_leaves_at_once(
+    kind: Callable[..., BackgroundTask],
+) -> None:
     async def work() -> None:
         raise KeyboardInterrupt
 
     async with serving() as serve:
         with pytest.raises(KeyboardInterrupt):
-            await serve(work)
+            await serve(work, kind)
         assert asyncio.current_task() is not None
+
+
+async def test_a_stopped_job_may_end_by_its_cancellation_in_the_first_step() -> None:
+    async def work() -> None:
+        job: Any = home.get()
+        job.stop()
+        raise asyncio.CancelledError
+
+    async with serving() as serve:
+        tasks = await serve(work)
+    assert tasks.state == "lost"
+
+
+async def test_what_a_task_adds_in_its_first_step_runs_after_it() -> None:
+    log: list[str] = []
+
+    async def add() -> None:
+        postlude.add_task(log.append, "added")
+        log.append("adds")
+
+    async with serving() as serve:
+        await serve(add)
+    assert log == ["adds", "added"]
 
 
 async def test_jobs_that_wait_for_nothing_share_a_task_until_the_end() -> None:

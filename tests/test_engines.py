@@ -123,6 +123,10 @@ def plain(photo: int) -> None: ...
 class Album:
     def __call__(self) -> None: ...
 
+    class Index:
+        @task(engine=adapter)
+        def __call__(self, photo: int) -> None: ...
+
     @task(engine=adapter)
     def add(self, photo: int) -> None: ...
 
@@ -242,6 +246,14 @@ def test_a_method_takes_its_object_along() -> None:
     album = Album()
     BackgroundTask(album.add, 42)
     assert adapter.prepared[0][:2] == (f"{__name__}.Album.add", (album, 42))
+
+
+def test_an_object_is_handed_over_to_its_call_method() -> None:
+    index = Album.Index()
+    BackgroundTask(functools.partial(index, 42))
+    name = f"{__name__}.Album.Index.__call__"
+    assert adapter.functions[name] is Album.Index.__call__
+    assert adapter.prepared[0][:2] == (name, (index, 42))
 
 
 def test_an_engine_need_not_have_headers() -> None:

@@ -413,10 +413,9 @@ def handing_over(
             been registered.
     """
     options = options_of(func)
-    name = options.registered
     if func is not options.owner:
         check_outermost(func)
-        name = dotted_name_of(func)
+    name = options.registered
     if name.startswith("__main__."):
         raise TypeError(
             f"{name} cannot be handed over, as every process has a __main__ of its "
@@ -431,6 +430,9 @@ def handing_over(
         else:
             args = (function.__self__, *args)
             function = function.__func__
+    if _call_method(function) is options_of(function).owner:
+        # It is an object, which its `__call__` gets first.
+        args = (function, *args)
     headers = getattr(engine, "headers", None)
     message = engine.prepare(name, args, kwargs, headers() if headers else {})
     return functools.partial(engine.submit, message)

@@ -1,6 +1,7 @@
 """A job that its request waits for takes its first step at once, on asyncio."""
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -28,7 +29,9 @@ def group(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
 
 
 @asynccontextmanager
-async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
+async def serving(
+    *, drain_timeout: float = 20, detach: bool = False
+) -> AsyncGenerator[Serve]:
     """Lets requests run one task each, in a group or not, and ends when they have."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +41,7 @@ async def serving(*, drain_timeout: float = 20) -> AsyncGenerator[Serve]:
         await send({"type": "http.response.body"})
         await scope["tasks"]()
 
-    wrapped = BackgroundTasksMiddleware(app, drain_timeout=drain_timeout)
+    wrapped = BackgroundTasksMiddleware(app, detach=detach, drain_timeout=drain_timeout)
 
     async def receive() -> Message:
         return {"type": "http.request"}
@@ -104,24 +107,26 @@ async def test_a_future_may_be_awaited_by_the_tasks_of_several_requests() -> Non
     assert [group.state for group in groups] == ["succeeded"] * 3
 
 
+def traced(
+    loop: asyncio.AbstractEventLoop, coro: Any, **options: Any
+) -> asyncio.Task[Any]:
+    """Makes a task as some tools for tracing do."""
+
+    async def wrap() -> Any:
+        return await coro
+
+    return asyncio.Task(wrap(), loop=loop, **options)
+
+
 async def test_a_factory_may_wrap_the_coroutines_of_tasks() -> None:
-    """As some tools for tracing have it."""
     loop = asyncio.get_running_loop()
     log: list[str] = []
-
-    def wrap(
-        loop: asyncio.AbstractEventLoop, coro: Any, **options: Any
-    ) -> asyncio.Task[Any]:
-        async def traced() -> Any:
-            return await coro
-
-        return asyncio.Task(traced(), loop=loop, **options)
 
     async def work() -> None:
         await asyncio.sleep(0)
         log.append("done")
 
-    loop.set_task_factory(wrap)
+    loop.set_task_factory(traced)
     try:
         async with serving() as serve:
             tasks = await serve(work)
@@ -129,6 +134,51 @@ async def test_a_factory_may_wrap_the_coroutines_of_tasks() -> None:
         loop.set_task_factory(None)
     assert tasks.state == "succeeded"
     assert log == ["done"]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+async def test_a_factory_set_before_the_first_step_is_asked(detach: bool) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    try:
+        async with serving(detach=detach) as serve:
+            if not detach:
+                loop.set_task_factory(traced)
+            tasks = await serve(work)
+            loop.set_task_factory(traced)
+    finally:
+        loop.set_task_factory(None)
+    assert tasks.state == "succeeded"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio starts none eagerly")
+async def test_an_eager_task_keeps_its_cancellation_from_those_after_it() -> None:
+    loop = asyncio.get_running_loop()
+
+    async def cancel() -> None:
+        await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    def two(func: Callable[[], Awaitable[object]]) -> BackgroundTasks:
+        tasks = group(func)
+        tasks.add_task(work)
+        return tasks
+
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+    try:
+        async with serving() as serve:
+            tasks = await serve(cancel, two)
+    finally:
+        loop.set_task_factory(None)
+    assert tasks.state == "succeeded"
 
 
 async def test_what_is_awaited_wrongly_fails_alone() -> None:
@@ -253,6 +303,32 @@ async def test_a_task_that_was_cancelled_by_its_job_serves_no_other() -> None:
         second = await serve(work)
     assert (first.state, second.state) == ("succeeded", "succeeded")
     assert len({*seen}) == 2
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_task_whose_cancellation_was_taken_back_serves_no_other(
+    turns: int,
+) -> None:
+    """It comes all the same, on some versions of Python."""
+
+    async def cancel() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        task.uncancel()
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+
+    async with serving() as serve:
+        for before in 0, 2:
+            # The kept task has not had its turn the first time.
+            await asyncio.sleep(0)
+            await serve(cancel)
+            for _ in range(turns + before):
+                await asyncio.sleep(0)
+            assert (await serve(work)).state == "succeeded"
 
 
 async def test_a_task_that_somebody_else_cancels_serves_no_other() -> None:

@@ -423,6 +423,17 @@ async def test_what_is_given_up_before_its_thread_begins_is_not_sent() -> None:
     assert client._left_behind == 0
 
 
+def test_an_event_loop_that_has_ended_is_forgotten() -> None:
+    client = Client("spool")
+
+    async def leave_open() -> None:
+        client.open()
+
+    for _ in range(2):
+        anyio.run(leave_open)
+    assert len(client._open_in) == 1
+
+
 def test_threads_left_behind_by_event_loops_that_have_ended_count() -> None:
     with blocking() as client:
         engine = shape(send=client.send, threads=1, timeout=1)

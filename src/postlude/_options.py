@@ -154,7 +154,7 @@ class Options:
     engine: Engine | None = None
     # What it was noted on, as `functools.wraps` copies it to other functions.
     owner: object = None
-    # What the engine knows that by.
+    # The name that the engine has registered it under.
     registered: str = ""
 
     @property

@@ -23,7 +23,7 @@ from inspect import isawaitable
 from threading import Lock
 from time import monotonic, time
 from types import FunctionType
-from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, TypeGuard, cast
 
 import anyio
 import anyio.abc
@@ -65,7 +65,8 @@ from ._tasks import (
     home,
 )
 
-# An async task that has taken its first step: what it runs in, and what it waits for.
+# An async task that has taken its first step, its context and its coroutine, and what
+# that has yielded.
 _Begun: TypeAlias = tuple[BackgroundTask, Context, Coroutine[Any, Any, Any], Any]
 
 Observer: TypeAlias = Callable[[BackgroundTask], AbstractContextManager[object]]
@@ -150,7 +151,8 @@ class Job:
         self.request = request
         self.since = monotonic()
         self.is_open = True
-        # By one of these the job is cancelled: on asyncio, and on Trio.
+        # By one of these the job is cancelled: on asyncio, where it is there from the
+        # first step on and may have served other jobs before, and on Trio.
         self.native: asyncio.Task[Any] | None = None
         self.cancel_scope: anyio.CancelScope | None = None
         # What the job runs in if that is not what it is started in.
@@ -441,18 +443,18 @@ class Job:
     def begin(self) -> Coroutine[Any, Any, None] | None:
         """Takes the first step of the job; returns how to go on, unless that was all.
 
-        For one that `begins_here()`. A short async function, which most jobs are, costs
-        least so.
+        For one that `begins_here()`, as its `native`. A short async function, which
+        most jobs are, costs least so.
         """
         strand = self._strands[-1]
-        tasks: list[Any] = strand.tasks
-        if not tasks or self._stopping or not _is_plain(tasks[0]):
+        tasks = strand.tasks
+        if not tasks or self._stopping or not _is_plain(task := tasks[0]):
             return self.run()
         if (group := strand.group) is not None:
             group._state = _RUNNING
         native: Any = self.native
         try:
-            begun = self._begin(strand, tasks[0], is_plain=True)
+            begun = self._step(strand, task, is_plain=True)
         except BaseException as exc:
             if group is not None:
                 self._go_back(strand, is_cut_short=True)
@@ -483,9 +485,8 @@ class Job:
                 but that.
             begun: What has taken its first step.
         """
-        first: Any = alone or self._strands[-1]
-        strand: Any = first
-        native = strand.native or self.native
+        first = strand = alone or self._strands[-1]
+        task: Any
         if (group := strand.group) is not None:
             group._state = _RUNNING
         try:
@@ -501,11 +502,13 @@ class Job:
                         task._state = _SUCCEEDED
                     task._finished = time()
                     strand.task = strand.call = begun = None
+                # An eager task begins before the job is told of it.
+                native = strand.native or self.native
                 if native is not None and native.cancelling():
                     await self._forgive(native)
                 tasks, position = strand.tasks, strand.position
                 if position >= len(tasks) or self._stopping:
-                    outer = strand.outer
+                    outer: Any = strand.outer
                     if strand is not first:
                         self._go_back(strand)
                     else:
@@ -529,11 +532,11 @@ class Job:
                 elif not task.is_async and (is_plain or _shares_thread(task)):
                     await self._make_trip(strand, task)
                 else:
-                    begun = self._begin(strand, task, is_plain=is_plain)
+                    begun = self._step(strand, task, is_plain=is_plain)
         except BaseException as exc:
             while strand is not first:
                 self._go_back(strand, is_cut_short=True)
-                strand = strand.outer
+                strand = cast("_Strand", strand.outer)
             if group is not None:
                 self._go_back(first, is_cut_short=True)
             if self._supervisor is None or first.outer is not None:
@@ -545,7 +548,7 @@ class Job:
             if self._supervisor is not None and first.outer is None:
                 self.end()
 
-    def _begin(
+    def _step(
         self, strand: _Strand, task: BackgroundTask, *, is_plain: bool
     ) -> _Begun | None:
         """Takes the first step of an async task; returns it, unless it was the last."""
@@ -564,7 +567,7 @@ class Job:
             else:
                 call = self._call(strand, task)
             try:
-                # Most short functions have ended by then; to send() would raise, then.
+                # Most short functions have ended by then, and send() would raise.
                 yielded = context.run(next, call.__await__(), NOTHING)
             except GeneratorExit as exc:
                 raise _no_exit() from exc
@@ -732,7 +735,7 @@ class Job:
 class _Ahead(Coroutine[Any, Any, None]):
     """What a task of asyncio's has for its coroutine, to run a job ahead of its turn.
 
-    The job takes its first step as this task, at once. If that is its last as well, the
+    The job takes its first step as this task. If that is its last as well, the
     task serves the next job: to make one for each would double what it costs to run a
     function that waits for nothing. If not, the task goes on with this job, and ends
     with it.
@@ -748,8 +751,19 @@ class _Ahead(Coroutine[Any, Any, None]):
         # What the first step has yielded, until the task hears of it.
         self._yielded: list[Any] = []
         # What the task waits for if it has its turn before it has a job.
-        self._begun: asyncio.Future[None] | None = None
+        self._turn: asyncio.Future[None] | None = None
         self.task = loop.create_task(self, context=Context())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can serve a job: nobody has cancelled it, were it taken back."""
+        task, turn = self.task, self._turn
+        return not (
+            task.cancelling()
+            or task.done()
+            or getattr(task, "_must_cancel", False)
+            or (turn is not None and turn.done())
+        )
 
     def ends(self, begin: Callable[[], Coroutine[Any, Any, None] | None]) -> bool:
         """Begins a job, and goes on to its first step; returns whether that is all.
@@ -779,15 +793,15 @@ class _Ahead(Coroutine[Any, Any, None]):
         self._job, self._context = rest, copy_context()
         # A future is marked from being awaited until its task hears of it.
         self._yielded.append(_mark(yielded, is_awaited=False))
-        if self._begun is not None:
-            _wake(self._begun)
+        if self._turn is not None:
+            _wake(self._turn)
         return False
 
     @override
     def send(self, value: Any) -> Any:
         if self._job is None:
-            self._begun = self._loop.create_future()
-            return _mark(self._begun, is_awaited=True)
+            self._turn = self._loop.create_future()
+            return _mark(self._turn, is_awaited=True)
         if self._yielded:
             return _mark(self._yielded.pop(), is_awaited=True)
         return self._context.run(self._job.send, value)
@@ -898,7 +912,7 @@ class Supervisor:
         self._lost: list[BackgroundTask] = []
         # The calls left behind that the log has named.
         self._told: set[Call] = set()
-        # What the next job begins as that takes its first step at once.
+        # What the next job begins as.
         self._ahead: _Ahead | None = None
         self._idle = anyio.Event()
         self._deadline: float | None = None
@@ -1020,8 +1034,7 @@ class Supervisor:
             context = job.context or copy_context()
             children = cast("anyio.abc.TaskGroup", self._children)
             context.run(children.start_soon, self._run_in_scope, job)
-        # A factory may begin by itself, or wrap what it is given.
-        elif not job.begins_here() or loop.get_task_factory() is not None:
+        elif not job.begins_here():
             # A task of asyncio's has half the costs of one in a task group of anyio's.
             job.native = loop.create_task(job.run(), context=job.context)
         elif at_once:
@@ -1032,9 +1045,14 @@ class Supervisor:
         job.context = None
 
     def _begin(self, job: Job) -> None:
+        loop: Any = self._loop
+        if loop.get_task_factory() is not None:
+            # It may begin by itself, or wrap what it is given.
+            job.native = loop.create_task(job.run())
+            return
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead.task.cancelling():
-            ahead = _Ahead(cast("asyncio.AbstractEventLoop", self._loop))
+        if ahead is None or not ahead.is_idle:
+            ahead = _Ahead(loop)
         job.native = ahead.task
         if ahead.ends(job.begin):
             # A task may have called the application, and so need another one.
@@ -1232,7 +1250,7 @@ def _plain_group(task: object) -> BackgroundTasks | StockTasks | None:
     return None if group is None or _overrides_call(group) else group
 
 
-def _is_plain(task: Any) -> bool:
+def _is_plain(task: object) -> TypeGuard[BackgroundTask]:
     """Whether a task is a plain function, of which nothing special is wanted."""
     return (
         type(task) is BackgroundTask

@@ -302,6 +302,7 @@ class BackgroundTasksMiddleware:
                 await job.complete()
         finally:
             scope.pop(_KEY, None)
+            request.let_go()
             try:  # noqa: SIM105 - suppress() takes longer than what it guards
                 home.reset(token)
             except ValueError:
@@ -564,18 +565,21 @@ class _Request:
     def close(self) -> Job | None:
         """Ends the request; returns the job if there are tasks that are left."""
         self.is_open = False
-        job = None
-        if self._added or self._handed_over:
-            tasks = [*self._handed_over, *self._chosen()]
-            # The contexts of the tasks hold the request, which is not to hold them.
-            self._handed_over = ()
-            job = self._give(tasks) if tasks else None
-        # Contexts that live on hold it as well, such as those of a server's timers, and
-        # the connection is not to be kept alive by that.
+        if not self._added and not self._handed_over:
+            return None
+        tasks = [*self._handed_over, *self._chosen()]
+        # The contexts of the tasks hold the request, which is not to hold them.
+        self._handed_over = ()
+        return self._give(tasks) if tasks else None
+
+    def let_go(self) -> None:
+        """Keeps alive no more than it must, as contexts that live on hold the request.
+
+        The timers of a server's connections have some of these.
+        """
         self._scope, self._send = _NO_SCOPE, _refuse
         if self._job is not None and not self._job.is_open:
             self._job = None
-        return job
 
     def _sort(self, tasks: list[StockTask]) -> None:
         """Takes the groups out of what is called whose turn comes after the rest.

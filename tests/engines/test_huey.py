@@ -70,8 +70,11 @@ def test_options_that_would_break_the_function_are_refused(
 def test_an_option_that_huey_does_not_have_is_refused(huey: Any) -> None:
     tagged = type("Tagged", (Task,), {"tag": "none"})
     engine = HueyEngine(huey)
-    with pytest.raises(TypeError, match=r"retrys= is no option .* retry_delay, task_b"):
-        engine.options(retrys=3)
+    for option in "retrys", "execute", "kwargs":
+        with pytest.raises(
+            TypeError, match=rf"{option}= is no option .* retry_delay, "
+        ):
+            engine.options(**{option: 3})
     with pytest.raises(
         TypeError, match=r"tag= .* write task_base=\.\.\., a class that"
     ):

@@ -68,9 +68,9 @@ class Client:
     A call that takes too long is given up. If it is async, it is cancelled, and again
     each time that it has gone on for as long. If it blocks, its thread goes on and
     keeps its place until it ends, so that a dead broker cannot fill the process with
-    threads.
-    Once all places are held like that, calls fail at once. As the exit of the process
-    waits for such threads, what is called should have a time limit of its own, too.
+    threads. Once all places are held like that, calls fail at once. As the exit of the
+    process waits for such threads, what is called should have a time limit of its own,
+    too.
 
     Example:
         .. code-block:: python
@@ -131,6 +131,10 @@ class Client:
     def open(self) -> None:
         """Allows calls in the running event loop, until it is closed as often."""
         loop = event_loop()
+        for other in [*self._open_in]:
+            if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
+                # It can no longer be closed there.
+                self._open_in.pop(other, None)
         if loop not in self._open_in:
             self._open_in[loop] = _Here(self._threads, self._timeout)
         self._open_in[loop].opened += 1

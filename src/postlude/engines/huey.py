@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 from huey import Huey
+from huey.api import Task
 from huey.serializer import Serializer
 from starlette.background import BackgroundTask as StockTask
 from typing_extensions import override
@@ -135,12 +136,14 @@ class HueyEngine(Adapter):
         wrapper = self._huey.task_wrapper_class
         base = engine._options.get("task_base", wrapper.task_base)
         known = {*inspect.signature(self._huey.task).parameters, "task_base"}
+        known -= {*_REFUSED, "kwargs"}
         for option in native:
             if option in _REFUSED:
                 raise TypeError(f"{option}= is not for postlude: {_REFUSED[option]}")
-            # Huey would make an attribute of it.
-            if option not in known and not hasattr(base, option):
-                told = ", ".join(sorted(known - {*_REFUSED, "kwargs"}))
+            # Huey would make an attribute of it, in place of one of its own even.
+            is_own = hasattr(base, option) and not hasattr(Task, option)
+            if option not in known and not is_own:
+                told = ", ".join(sorted(known))
                 raise TypeError(
                     f"{option}= is no option of Huey; there are {told}; for an "
                     "attribute of your own, write task_base=..., a class that has it"

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -179,6 +180,17 @@ async def test_an_eager_task_keeps_its_cancellation_from_those_after_it() -> Non
     finally:
         loop.set_task_factory(None)
     assert tasks.state == "succeeded"
+
+
+async def test_a_group_may_change_before_the_first_step() -> None:
+    seen: list[str] = []
+    tasks = BackgroundTasks()
+    async with serving(detach=True) as serve:
+        await serve(asyncio.sleep, lambda _: tasks)
+        tasks.add_task(lambda: seen.append(threading.current_thread().name))
+    assert tasks.state == "succeeded"
+    assert seen != ["MainThread"]
+    assert len(seen) == 1
 
 
 async def test_what_is_awaited_wrongly_fails_alone() -> None:

@@ -443,12 +443,13 @@ class Job:
     def begin(self) -> Coroutine[Any, Any, None] | None:
         """Takes the first step of the job; returns how to go on, unless that was all.
 
-        For one that `begins_here()`, as its `native`. A short async function, which
-        most jobs are, costs least so.
+        For one that is run by its `native`. A short async function, which most jobs
+        are, costs least so.
         """
         strand = self._strands[-1]
         tasks = strand.tasks
-        if not tasks or self._stopping or not _is_plain(task := tasks[0]):
+        task = tasks[0] if tasks and not self._stopping else None
+        if not _is_plain(task) or not task.is_async:
             return self.run()
         if (group := strand.group) is not None:
             group._state = _RUNNING

@@ -537,6 +537,8 @@ async def test_a_broker_that_hangs_or_ends_costs_few_threads(broker: Server) -> 
         with pytest.raises(EngineError) as caught:
             await enqueue(func)
         assert isinstance(caught.value, BrokerUnreachable | OutcomeUnknown)
+        # What has been given up tells of its end in the log of this test.
+        await wait_for(lambda: engine._client._left_behind == 0)
 
 
 @pytest.mark.anyio

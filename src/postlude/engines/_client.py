@@ -436,14 +436,15 @@ class _Attempt:
             with lock:
                 self._is_in_thread = False
                 is_left_behind = self._is_given_up
-                self._client._left_behind -= is_left_behind
             if is_left_behind:
-                self._release_from_thread()
                 # The only one left to say what has become of it.
                 kind = type(failure).__name__
                 how = f"failed with {kind}" if failure else "has come to its end"
                 message = "the call of %r for %r %s after it had been given up"
                 logger.warning(message, self._client._engine, self._task, how)
+                with lock:
+                    self._client._left_behind -= 1
+                self._release_from_thread()
 
 
 def _is_async(send: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from huey import Huey, MemoryHuey, SqliteHuey
 from huey.api import Task
 
-from postlude import task
+from engines.functions import declared, returning
 from postlude.engines import BrokerUnreachable, enqueue, enqueue_sync
 from postlude.engines.huey import HueyEngine
 
@@ -22,19 +22,6 @@ request_id: ContextVar[str] = ContextVar("request_id", default="none")
 @pytest.fixture
 def huey() -> Any:
     return MemoryHuey()
-
-
-def declared(engine: Any, func: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of that engine, as if a module defined it."""
-    func.__qualname__ = func.__name__
-    return task(engine=engine)(func)
-
-
-def returning(engine: Any) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return [args, kwargs]
-
-    return declared(engine, call)
 
 
 def consume(huey: Any) -> Any:

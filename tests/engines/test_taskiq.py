@@ -36,7 +36,8 @@ from taskiq import (
 from taskiq_redis import ListQueueBroker, RedisStreamBroker
 
 from engines.brokers import stoppable
-from postlude import BackgroundTask, task
+from engines.functions import declared, returning
+from postlude import BackgroundTask
 from postlude.engines import (
     BrokerUnreachable,
     OutcomeUnknown,
@@ -90,19 +91,6 @@ class Broker(InMemoryBroker):
 @pytest.fixture
 def broker() -> Broker:
     return Broker()
-
-
-def declared(engine: Any, func: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of that engine, as if a module defined it."""
-    func.__qualname__ = func.__name__
-    return task(engine=engine)(func)
-
-
-def returning(engine: Any) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return [args, kwargs]
-
-    return declared(engine, call)
 
 
 # --- declared ------------------------------------------------------------------------
@@ -281,7 +269,7 @@ async def test_a_middleware_that_fails_once_it_is_sent_does_not_make_it_refused(
     assert record.name == "postlude"
     assert record.levelname == "ERROR"
     assert record.message.startswith("post_send of ")
-    assert record.message.endswith(f"failed for '{__name__}.call'")
+    assert record.message.endswith(f"failed for '{returning.__module__}.call'")
     assert record.exc_info is not None
     assert str(record.exc_info[1]) == "no such metric"
 
